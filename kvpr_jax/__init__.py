@@ -1,0 +1,13 @@
+"""LLM decoding in JAX with the KV cache in pinned host memory, part of it held as the smaller activations."""
+
+from kvpr_jax import memory
+from kvpr_jax._version import __version__
+
+memory.allow_pinned_memory()  # before JAX starts its backend
+
+from kvpr_jax.generate import Output, Stream, generate, load, stream  # noqa: E402
+from kvpr_jax.runtime import Decoder  # noqa: E402
+from kvpr_jax.sampling import Sampling  # noqa: E402
+from kvpr_jax.scheduler import Plan, Request  # noqa: E402
+
+__all__ = ["Decoder", "Output", "Plan", "Request", "Sampling", "Stream", "__version__", "generate", "load", "stream"]

@@ -1,0 +1,135 @@
+"""The KV cache of a batch: for each layer, segments in pinned host memory, and a small tail on the device.
+
+    slots      0 ........ l ........ S-r ....... S ........ S+T ....... n
+    segments   activations | keys, values | resident | flushed | … | tail (on the device, filling)
+               \\______ on the host ______/            \\ on the host /
+
+Every token is held in one form only. New tokens go into the tail, in the form they will be flushed in; a full tail is
+copied to the host as the next segment. Flushed segments of equal length are merged, so their number grows with the
+logarithm of the tokens generated.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from kvpr_jax import memory, steps
+from kvpr_jax.config import ModelConfig
+from kvpr_jax.scheduler import Plan
+from kvpr_jax.segments import Activations, KeysValues, Segment
+
+MERGE = 4  # flushed segments of equal length that become one
+
+
+@dataclasses.dataclass
+class Cache:
+    """What a batch has said so far.
+
+    Attributes:
+        config, dtype: of the model.
+        plan: what is held where, and how it is used.
+        layers: for each layer, its segments before the tail.
+        start: (B,) first slot of each sequence that is not padding, or None.
+        batch: B.
+        length: slots filled, the same for every sequence; the next token stands at this slot.
+        tails: for each layer, its tail of `plan.tail_tokens` slots.
+        fetched_bytes: bytes that `fetch` has moved over the link so far.
+    """
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    plan: Plan
+    layers: list[tuple[Segment, ...]]
+    start: Int[Array, " B"] | None
+    batch: int
+    length: int
+    tails: list[Segment] = dataclasses.field(init=False)
+    fetched_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self._new_tails()
+
+    @property
+    def full(self) -> bool:
+        """Whether the tail must be flushed before the next token."""
+        return self.length == self._tail_start + self.plan.tail_tokens
+
+    def fetch(self, layer: int) -> tuple[Segment, ...]:
+        """The layer's segments on the device: those on the host are copied, asynchronously, and counted."""
+        self.fetched_bytes += _host_bytes(self.layers[layer])
+        return memory.to_device(self.layers[layer])
+
+    def flush(self) -> None:
+        """Make every layer's full tail its next segment, on the host if the cache is offloaded, and begin anew."""
+        for layer, tail in enumerate(self.tails):
+            full = memory.to_host(tail) if self.plan.offloaded else tail
+            self.layers[layer] = _merged((*self.layers[layer], full))
+        self._new_tails()
+
+    def bytes_per_step(self) -> int:
+        """Bytes that cross the link in a step: all segments on the host."""
+        return sum(map(_host_bytes, self.layers))
+
+    def tokens(self) -> dict[str, int]:
+        """Tokens of one layer by where and how they are held: activations, keys_values, resident, tail."""
+        counts = {"activations": 0, "keys_values": 0, "resident": 0, "tail": self.length - self._tail_start}
+        for segment in self.layers[0]:
+            form = "activations" if isinstance(segment, Activations) else "keys_values"
+            counts[form if memory.on_host(segment) else "resident"] += segment.tokens
+        return counts
+
+    def _new_tails(self) -> None:
+        """Empty tails from slot `length` on, in the form that keeps the share of activations on the host."""
+        self._tail_start = self.length
+        held = self.tokens()
+        total = held["activations"] + held["keys_values"] + self.plan.tail_tokens
+        missing = self.plan.activation_share * total - held["activations"]
+        empty = _empty_activations if missing >= self.plan.tail_tokens / 2 else _empty_keys_values
+        # Placed explicitly: an array without a fixed place would compile a layer step of its own for the first token.
+        self.tails = [memory.to_device(empty(self)) for _ in self.layers]
+
+
+def _host_bytes(segments: tuple[Segment, ...]) -> int:
+    return sum(segment.nbytes for segment in segments if memory.on_host(segment))
+
+
+def _tail_slots(cache: Cache) -> Int[Array, " T"]:
+    return jnp.arange(cache.length, cache.length + cache.plan.tail_tokens, dtype=jnp.int32)
+
+
+def _empty_activations(cache: Cache) -> Activations:
+    shape = (cache.batch, cache.plan.tail_tokens, cache.config.hidden_size)
+    return Activations(jnp.zeros(shape, cache.dtype), _tail_slots(cache))
+
+
+def _empty_keys_values(cache: Cache) -> KeysValues:
+    shape = (cache.batch, cache.plan.tail_tokens, cache.config.num_kv_heads, cache.config.head_dim)
+    return KeysValues(jnp.zeros(shape, cache.dtype), jnp.zeros(shape, cache.dtype), _tail_slots(cache))
+
+
+def _merged(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+    """One layer's segments, with the last `MERGE` flushed ones of the newest's form and length made into one.
+
+    With MERGE 4 and tails of 64 tokens, the 4th flush leaves one segment of 256, the 16th one of 1024.
+    """
+    newest = segments[-1]
+    alike = [s for s in segments if type(s) is type(newest) and s.tokens == newest.tokens and memory.on_host(s)]
+    if len(alike) < MERGE:
+        return segments
+    merged = memory.to_host(steps.concatenate(memory.to_device(tuple(alike)), axis=1))
+    jax.block_until_ready(merged)  # one layer at a time on the device
+    return _merged((*(s for s in segments if not any(s is a for a in alike)), merged))
+
+
+def join_sequences(chunks: Sequence[tuple[Segment, ...]]) -> tuple[Segment, ...]:
+    """One layer's segments for the whole batch from those of its chunks of sequences, each where it was before."""
+    if len(chunks) == 1:
+        return chunks[0]
+    joined = []
+    for pieces in zip(*chunks, strict=True):
+        whole = steps.concatenate(memory.to_device(pieces), axis=0)
+        joined.append(memory.to_host(whole) if memory.on_host(pieces[0]) else whole)
+    return tuple(jax.block_until_ready(joined))

@@ -1,0 +1,190 @@
+"""Models in Hugging Face format: from a directory or a hub id into a `Model`, and back.
+
+Loading is strict: a tensor that is missing, extra or wrongly shaped is an error that names it. Tensors are read and
+moved to the device one by one.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+import transformers
+from flax import nnx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from kvpr_jax.config import ModelConfig
+from kvpr_jax.models import Model, architecture
+
+BUNDLED = Path(__file__).parent / "models" / "tiny"
+DTYPES = ("float32", "bfloat16", "float16")
+PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")  # old Llama checkpoints store this constant
+
+Progress = Callable[[int, int], None]
+
+
+def find(model: str | Path) -> Path:
+    """The directory of a model: `model` itself, or the local copy of that hub id (downloaded if need be).
+
+    Raises:
+        ValueError: there is no such directory and the hub has, or gives, no such model.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"model {str(model)!r} is a file; give the directory that holds config.json")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or str(model).startswith("."):
+        raise ValueError(f"model {str(model)!r}: no such directory, and not a hub id of the form owner/name")
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"model {str(model)!r}: no such directory, and the hub did not give it: {_first_line(error)}"
+        ) from error
+
+
+def read_config(directory: Path) -> tuple[ModelConfig, Any]:
+    """The model's shapes, and the transformers config they came from.
+
+    Raises:
+        ValueError: no readable config.json, or a model that is not supported.
+    """
+    path = directory / "config.json"
+    try:
+        fields = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"model {str(directory)!r} has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise ValueError(f"{path}: no model_type")
+    module = architecture(fields["model_type"])
+    try:
+        hf = transformers.AutoConfig.from_pretrained(directory)
+        if (directory / "generation_config.json").is_file():
+            generation = transformers.GenerationConfig.from_pretrained(directory)
+            hf.eos_token_id = generation.eos_token_id if generation.eos_token_id is not None else hf.eos_token_id
+        return module.Config.from_hf(hf), hf
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path}: {_first_line(error)}") from error
+
+
+def load_tokenizer(directory: Path) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer in `directory`.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        raise ValueError(f"model {str(directory)!r}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def default_dtype(hf: Any) -> str:
+    """The checkpoint's own dtype on an accelerator; float32 on a CPU, where narrower types only cost accuracy."""
+    stored = str(getattr(hf, "dtype", None) or "float32").removeprefix("torch.")
+    return stored if jax.default_backend() != "cpu" and stored in DTYPES else "float32"
+
+
+def load_model(directory: Path, dtype: str | None = None, progress: Progress | None = None) -> Model:
+    """The model in `directory`, on the default device.
+
+    Args:
+        directory: holds config.json and model.safetensors, or shards with model.safetensors.index.json.
+        dtype: "float32", "bfloat16" or "float16"; None: see `default_dtype`.
+        progress: called with (bytes read, bytes in all) after each tensor.
+
+    Raises:
+        ValueError: damaged files, or tensors that do not fit config.json; names the file and the tensor.
+    """
+    config, hf = read_config(directory)
+    dtype = dtype or default_dtype(hf)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not known; known: {', '.join(DTYPES)}")
+    names = architecture(config.model_type).checkpoint_names(config)
+    abstract = nnx.eval_shape(lambda: Model(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    wanted = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    assert set(wanted) == {path for path, _ in names.values()}, "checkpoint_names does not cover the module"
+
+    files = _shards(directory)
+    total, done, seen = sum(path.stat().st_size for path in files), 0, set()
+    for path in files:
+        for stored, tensor in _tensors(path):
+            done += tensor.nbytes
+            name = stored.removeprefix("model.")
+            if NOT_WEIGHTS.search(name) or (name == "lm_head.weight" and config.tie_embeddings):
+                continue
+            if name not in names:
+                raise ValueError(f"{path}: tensor {stored!r} is not part of a {config.model_type} model")
+            if name in seen:
+                raise ValueError(f"{path}: tensor {stored!r} appears twice")
+            seen.add(name)
+            target, transposed = names[name]
+            tensor = tensor.T if transposed else tensor
+            if tensor.shape != wanted[target].shape:
+                shape = wanted[target].shape[::-1] if transposed else wanted[target].shape
+                raise ValueError(
+                    f"{path}: tensor {stored!r} has shape {list(tensor.T.shape if transposed else tensor.shape)}; "
+                    f"config.json asks for {list(shape)}"
+                )
+            wanted[target].set_value(jnp.asarray(tensor, dtype=dtype))
+            if progress is not None:
+                progress(min(done, total), total)
+    missing = sorted(set(names) - seen)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{directory}: tensor {missing[0]!r}{more} is missing from the checkpoint")
+    return nnx.merge(graphdef, state)
+
+
+def save_weights(model: Model, path: Path, dtype: str) -> None:
+    """Write the model's weights as safetensors that `load_model` and transformers read."""
+    _, state = nnx.split(model)
+    leaves = {"/".join(map(str, p)): leaf.get_value() for p, leaf in nnx.to_flat_state(state)}
+    tensors = {}
+    for name, (target, transposed) in architecture(model.config.model_type).checkpoint_names(model.config).items():
+        array = np.asarray(leaves[target].astype(dtype))
+        stored = name if name == "lm_head.weight" else f"model.{name}"
+        tensors[stored] = np.ascontiguousarray(array.T if transposed else array)
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _shards(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, each of which exists."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ValueError(f"model {str(directory)!r} has neither model.safetensors nor model.safetensors.index.json")
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index}: not a readable index of shards") from error
+    for shard in shards:
+        if not (directory / shard).is_file():
+            raise ValueError(f"{index} names {shard!r}, which is not there")
+    return [directory / shard for shard in shards]
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 (a safetensors file, not a dict)
+                yield name, file.get_tensor(name)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error

@@ -1,0 +1,71 @@
+"""Model shapes. Frozen and hashable, so that a config can be a static argument of `jax.jit`.
+
+One legend of axis letters, used in types, einsums, comments and documentation:
+
+    B batch        S cached tokens      T tokens of one segment    Q new tokens of one call (1 in a decode step)
+    D model width  H query heads        K key/value heads          G = H / K query heads that share a key/value head
+    d head width   L layers             F MLP width                V vocabulary
+    l split index: tokens [0, l) are held as activations, [l, S) as keys and values
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What every architecture has; each file in `models/` adds its own fields.
+
+    Attributes:
+        model_type: the checkpoint's `model_type`.
+        vocab_size: V.
+        num_layers: L.
+        hidden_size: D.
+        num_heads: H.
+        num_kv_heads: K; K < H is grouped-query attention.
+        head_dim: d.
+        mlp_size: F.
+        max_positions: the longest sequence, prompt and new tokens together.
+        tie_embeddings: whether the output head is the token embedding.
+        eos_token_ids: tokens that end a sequence.
+    """
+
+    model_type: str
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_size: int
+    max_positions: int
+    tie_embeddings: bool
+    eos_token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "mlp_size"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"config: {field} is {getattr(self, field)}; it must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"config: {self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly"
+            )
+
+    @property
+    def activation_width(self) -> int:
+        """Numbers a token costs in each layer when held as activations: D."""
+        return self.hidden_size
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers a token costs in each layer when held as keys and values: 2·K·d."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def activations_are_smaller(self) -> bool:
+        """Whether holding activations saves anything: D < 2·K·d (equation 7 of the paper has D = K·d)."""
+        return self.activation_width < self.kv_width
+
+
+def token_ids(eos: int | list[int] | None) -> tuple[int, ...]:
+    """`eos_token_id` of a Hugging Face config, which may be one token, several or none."""
+    return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)

@@ -1,0 +1,263 @@
+"""Command line: `python -m kvpr_jax.generate`. Text goes to stdout; the plan, progress and statistics to stderr."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no notes on torch, which is not needed here
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from kvpr_jax import checkpoint, memory
+from kvpr_jax.generate import Output, Stream, Until, encode
+from kvpr_jax.runtime import Decoder, workload_of
+from kvpr_jax.sampling import Sampling
+from kvpr_jax.scheduler import Engine, OffloadMode, Plan, Request
+
+DEFAULT_PROMPT = "The with statement is used to"
+DEMONSTRATION = ["--offload", "all", "--split", "50%", "--temperature", "0.7", "--max-new-tokens", "200"]
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"kvpr_jax.generate: error: {message}\n")
+
+
+def parser() -> Parser:
+    parser = Parser(
+        prog="python -m kvpr_jax.generate",
+        description="Generate text with the KV cache in host memory, split between activations and keys and values.",
+        epilog=f"Without arguments, the bundled model runs with: {' '.join(DEMONSTRATION)}",
+    )
+    add = parser.add_argument_group("model and prompts").add_argument
+    add("--model", metavar="DIR_OR_HUB_ID", default=str(checkpoint.BUNDLED), help="default: the bundled model")
+    add("--prompt", metavar="TEXT", action="append", default=[], help="may be given several times")
+    add("--prompts", metavar="FILE", help='one a line, or JSON lines with a "prompt" key; - is stdin')
+    add("--chat", action="store_true", help="use the tokenizer's chat template")
+    add("--dtype", choices=checkpoint.DTYPES, help="default: the checkpoint's own; float32 on a CPU")
+    add = parser.add_argument_group("generation").add_argument
+    add("--max-new-tokens", metavar="N", type=int, default=256)
+    add("--stop", metavar="TEXT", action="append", default=[], help="ends a sequence; may be given several times")
+    add("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
+    add("--temperature", metavar="T", type=float, default=0.0, help="0, the default, is greedy")
+    add("--top-k", metavar="K", type=int, default=0, help="0 is no limit")
+    add("--top-p", metavar="P", type=float, default=1.0)
+    add("--min-p", metavar="P", type=float, default=0.0)
+    add("--seed", metavar="N", type=int, default=0)
+    add = parser.add_argument_group("cache").add_argument
+    add("--split", metavar="auto|N|P%", default="auto", help="prompt tokens held as activations; implies --offload all")
+    add("--recompute", choices=("auto", "project", "absorb"), default="auto", help="how activations are used")
+    add("--engine", choices=get_args(Engine), default="overlapped")
+    add("--offload", choices=get_args(OffloadMode), default="auto", help="auto: only what the device cannot hold")
+    add("--device-cache-gib", metavar="GIB", type=float, help="device memory for the cache; default: what is free")
+    add = parser.add_argument_group("output").add_argument
+    add("--quiet", action="store_true", help="nothing on stderr but errors")
+    add("--plan", action="store_true", help="print the plan and exit")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+class Failure(Exception):
+    """An error with the exit code it ends the command with."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@contextlib.contextmanager
+def failing_with(code: int) -> Iterator[None]:
+    """Turns errors that the library explains into a `Failure` of this exit code."""
+    try:
+        yield
+    except MemoryError as error:
+        raise Failure(str(error), FAILURE) from error
+    except ValueError as error:
+        raise Failure(str(error), code) from error
+
+
+def read_prompts(path: str) -> list[str]:
+    """Prompts of a file, one a line; JSON lines if it is named .jsonl or begins with a brace. Blank lines are skipped.
+
+    Raises:
+        ValueError: the file cannot be read, or a JSON line is not an object with a string "prompt"; names the line.
+    """
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts {path!r} cannot be read: {error}") from error
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if not path.endswith(".jsonl") and not (lines and lines[0][1].lstrip().startswith("{")):
+        return [line for _, line in lines]
+    prompts = []
+    for number, line in lines:
+        try:
+            prompts.append(json.loads(line)["prompt"])
+        except (ValueError, KeyError, TypeError):
+            prompts.append(None)
+        if not isinstance(prompts[-1], str):
+            raise ValueError(f'prompts {path!r}, line {number}: no JSON object with a string "prompt": {line[:60]!r}')
+    return prompts
+
+
+class Reporter:
+    """What is said on stderr: notes, and progress bars if it is a terminal."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    @contextlib.contextmanager
+    def bar(self, description: str) -> Iterator[Any]:
+        """A function of (done, total) that draws a bar, which is gone afterwards."""
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        hidden = self.quiet or not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
+            task = progress.add_task(description, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def describe(plan: Plan) -> str:
+    """The plan in words."""
+    if not plan.offloaded:
+        held = f"{plan.cached_tokens} prompt tokens on the device"
+    else:
+        streamed = plan.cached_tokens - plan.split - plan.resident_tokens
+        held = (
+            f"of {plan.cached_tokens} prompt tokens, {plan.split} on the host as activations ({plan.recompute}), "
+            f"{streamed} on the host as keys and values, {plan.resident_tokens} on the device"
+        )
+    return (
+        f"plan: {held}; {plan.engine} engine, {plan.host_bytes_per_step / 1e6:.2f} MB over the link and "
+        f"{plan.predicted_step_s * 1e3:.2f} ms predicted for the first step ({plan.reason})"
+    )
+
+
+def summary(stream: Stream) -> str:
+    """The closing line of statistics."""
+    s = stream.statistics
+    device = f"device {s.peak_device_bytes / memory.GIB:.2f} GiB, " if s.peak_device_bytes is not None else ""
+    return (
+        f"prompt: {s.prompt_tokens} tokens, {s.prompt_tokens_per_s:.1f} tokens/s | "
+        f"generation: {s.new_tokens} tokens, {s.new_tokens_per_s:.1f} tokens/s | "
+        f"link: {s.link_bytes / 1e6:.1f} MB, {s.link_gb_per_s:.3f} GB/s | "
+        f"peak memory: {device}host {s.peak_host_bytes / memory.GIB:.2f} GiB"
+    )
+
+
+class Printer:
+    """Prints texts one prompt after the other, each as far as it is known; several get a heading each."""
+
+    def __init__(self, outputs: Sequence[Output]) -> None:
+        self.outputs, self.current, self.written = outputs, 0, 0
+        self._heading()
+
+    def _heading(self) -> None:
+        if len(self.outputs) > 1:
+            print(f"==> {self.current + 1}/{len(self.outputs)}: {self.outputs[self.current].prompt[:60]!r}")
+
+    def show(self, to_the_end: bool = False) -> None:
+        """Print what is new, up to the first unfinished text, or of all texts."""
+        while True:
+            output = self.outputs[self.current]
+            print(output.text[self.written :], end="", flush=True)
+            self.written = len(output.text)
+            if self.current + 1 == len(self.outputs) or not (output.finish_reason or to_the_end):
+                break
+            print()
+            self.current, self.written = self.current + 1, 0
+            self._heading()
+        if to_the_end:
+            print(flush=True)
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Carry out a parsed command line and return the exit code."""
+    with failing_with(USAGE):
+        sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p)
+        sampling.check()
+        until = Until(arguments.max_new_tokens, tuple(arguments.stop))
+        request = Request(
+            arguments.split, arguments.recompute, arguments.engine, arguments.offload, arguments.device_cache_gib
+        )
+        prompts = arguments.prompt + (read_prompts(arguments.prompts) if arguments.prompts else [])
+        if not arguments.prompt and not arguments.prompts:
+            prompts = [DEFAULT_PROMPT]
+    report = Reporter(arguments.quiet)
+    with failing_with(FAILURE):
+        directory = checkpoint.find(arguments.model)
+        config, _ = checkpoint.read_config(directory)
+        tokenizer = checkpoint.load_tokenizer(directory)
+    if not arguments.ignore_eos:
+        until = dataclasses.replace(until, eos_token_ids=frozenset(config.eos_token_ids))
+    with failing_with(USAGE):
+        ids = encode(tokenizer, prompts, arguments.chat)
+        workload_of(ids, until.max_new_tokens, config)
+    with failing_with(FAILURE), report.bar("Loading the model") as progress:
+        decoder = Decoder(checkpoint.load_model(directory, arguments.dtype, progress))
+    with failing_with(USAGE):
+        plan = decoder.plan(ids, until.max_new_tokens, request)
+    result = {"model": arguments.model, "plan": dataclasses.asdict(plan)}
+    if arguments.plan:
+        print(json.dumps(result) if arguments.json else describe(plan))
+        return 0
+    report.note(describe(plan))
+
+    with report.bar("Reading the prompt") as progress:
+        stream = Stream(decoder, tokenizer, prompts, ids, plan, until, sampling, arguments.seed, progress)
+        pieces = iter(stream)
+        next(pieces)  # prefill, and the first token
+    printer = None if arguments.json else Printer(stream.outputs)
+    interrupted = False
+    try:
+        if printer:
+            printer.show()
+        for _ in pieces:
+            if printer:
+                printer.show()
+    except KeyboardInterrupt:
+        interrupted = True
+    if printer:
+        printer.show(to_the_end=True)
+    else:
+        outputs = [dataclasses.asdict(output) for output in stream.outputs]
+        print(json.dumps(result | {"outputs": outputs, "stats": stream.statistics.as_dict()}))
+    report.note(summary(stream))
+    return INTERRUPTED if interrupted else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = parser().parse_args(argv or DEMONSTRATION)
+    try:
+        if not argv:
+            Reporter(quiet=False).note(f"no arguments: running with {shlex.join(DEMONSTRATION)}; --help lists them all")
+        return execute(arguments)
+    except Failure as failure:
+        if arguments.debug:
+            raise
+        print(f"kvpr_jax.generate: error: {failure}", file=sys.stderr)
+        return failure.code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""From logits to tokens: greedy, or temperature, top-k, top-p and min-p in the order transformers applies them."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. All of it is traced: changing a value compiles nothing.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most likely token and ignores the rest.
+        top_k: only this many most likely tokens; 0 is no limit.
+        top_p: only the fewest most likely tokens whose probabilities reach this sum; 1 is no limit.
+        min_p: only tokens at least this fraction as likely as the most likely one; 0 is no limit.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def check(self) -> None:
+        """Raises ValueError for a value out of range, naming it."""
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature {self.temperature} must be 0 or more")
+        if self.top_k < 0:
+            raise ValueError(f"top-k {self.top_k} must be 0 (no limit) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top-p {self.top_p} must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min-p {self.min_p} must be from 0 to 1")
+
+
+def prompt_keys(seed: int, prompts: Sequence[Sequence[int]]) -> Key[Array, " B"]:
+    """A random key for each prompt from the seed and the prompt's tokens alone, not from its place in a batch."""
+
+    def words(prompt: Sequence[int]) -> np.ndarray:
+        digest = hashlib.sha256(repr((seed, list(map(int, prompt)))).encode()).digest()
+        return np.frombuffer(digest[:8], np.uint32)
+
+    return jax.random.wrap_key_data(jnp.asarray(np.stack([words(prompt) for prompt in prompts])), impl="threefry2x32")
+
+
+def allowed(logits: Float[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]:
+    """Which tokens top-k, top-p and min-p leave, given logits that are divided by the temperature already."""
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    rank = jnp.arange(logits.shape[-1])[None, :]
+    kept = (sampling.top_k == 0) | (rank < sampling.top_k)
+    probability = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    kept = kept & ((before < sampling.top_p) | (rank == 0))
+    kept = kept & (probability >= sampling.min_p * probability[:, :1])
+    least = jnp.where(kept, ranked, jnp.inf).min(-1, keepdims=True)
+    return logits >= least
+
+
+def sample_tokens(
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], index: Int[Array, ""], sampling: Sampling
+) -> Int[Array, " B"]:
+    """The next token of each sequence; draw number `index` of each key."""
+
+    def draw() -> Array:
+        scaled = logits / sampling.temperature
+        scaled = jax.lax.cond(
+            (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0),
+            lambda: jnp.where(allowed(scaled, sampling), scaled, -jnp.inf),
+            lambda: scaled,
+        )
+        draws = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+        return jax.vmap(jax.random.categorical)(draws, scaled).astype(jnp.int32)
+
+    return jax.lax.cond(sampling.temperature > 0, draw, lambda: logits.argmax(-1).astype(jnp.int32))

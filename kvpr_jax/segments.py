@@ -1,0 +1,76 @@
+"""What one layer remembers of T tokens, in one of two forms. Axis letters: see `config.py`.
+
+A token stands at a *slot*: its index in the padded batch, the same for every layer. `slots` lets a segment be cut,
+merged and stored in any order, because attention only asks which slots a query may see.
+"""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Tokens held as the input of the layer's key/value projection: D numbers a token."""
+
+    x: Float[Array, "B T D"]
+    slots: Int[Array, " T"]
+
+    @property
+    def tokens(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that cross the link when the segment is fetched (slots stay on the device)."""
+        return self.x.nbytes
+
+    def __getitem__(self, tokens: slice) -> "Activations":
+        return Activations(self.x[:, tokens], self.slots[tokens])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeysValues:
+    """Tokens held as keys (rotated, where the model rotates them) and values: 2·K·d numbers a token."""
+
+    keys: Float[Array, "B T K d"]
+    values: Float[Array, "B T K d"]
+    slots: Int[Array, " T"]
+
+    @property
+    def tokens(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that cross the link when the segment is fetched (slots stay on the device)."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def __getitem__(self, tokens: slice) -> "KeysValues":
+        return KeysValues(self.keys[:, tokens], self.values[:, tokens], self.slots[tokens])
+
+
+Segment = Activations | KeysValues
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the tokens of one call stand.
+
+    Attributes:
+        slots: (Q,) slots of the tokens, ascending.
+        start: (B,) the first slot that is not padding, or None when no sequence is padded.
+    """
+
+    slots: Int[Array, " Q"]
+    start: Int[Array, " B"] | None
+
+    def positions(self, slots: Int[Array, " T"]) -> Int[Array, "#B T"]:
+        """Position of each slot in its own sequence; padding counts as position 0."""
+        if self.start is None:
+            return slots[None, :]
+        return (slots[None, :] - self.start[:, None]).clip(0)

@@ -1,0 +1,140 @@
+"""Every compiled function. A function is traced anew for each combination of what its row names, and for nothing else.
+
+    name              | static                  | donated | what retraces it (shapes count for all of them)
+    embed             | graphdef                |         | batch, tokens of the call, whether sequences are padded
+    prefill_layer     | graphdef, split,        | h       | sequences of the chunk, S, l, resident tokens, queries at a
+                      | resident, chunk         |         | time; not the layer, not the prompt
+    layer_step        | graphdef, recompute     | tail    | batch, the segments' forms and lengths, the tail's form;
+                      |                         |         | not the layer, not the token, not the position
+    logits            | graphdef                |         | batch
+    sample            |                         |         | batch; not temperature, top-k, top-p, min-p or seed
+    concatenate       | axis                    |         | forms and shapes of the segments
+
+`graphdef` and `params` are an NNX module split once (`split_module`), the parameters as plain nested dictionaries:
+all layers share one graphdef, so they share one trace.
+"""
+
+import contextlib
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from kvpr_jax.models.attention import Recompute
+from kvpr_jax.sampling import Sampling, sample_tokens
+from kvpr_jax.segments import Activations, Place, Segment
+
+Params = dict[str, Any]
+
+
+def split_module(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """A module's static definition and its parameters."""
+    graphdef, state = nnx.split(module)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def _precision(array: Array) -> contextlib.AbstractContextManager[Any]:
+    """float32 means float32: no TF32 and no bfloat16 passes in its matrix products."""
+    if array.dtype == jnp.float32:
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef",))
+def embed(graphdef: nnx.GraphDef, params: Params, tokens: Int[Array, "B Q"], place: Place) -> Float[Array, "B Q D"]:
+    embedder = nnx.merge(graphdef, params)
+    with _precision(jax.tree.leaves(params)[0]):
+        return embedder.encode(tokens, place)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "split", "resident", "chunk"), donate_argnames=("h",))
+def prefill_layer(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    h: Float[Array, "B Q D"],
+    place: Place,
+    *,
+    split: int,
+    resident: int,
+    chunk: int,
+) -> tuple[Float[Array, "B Q D"], tuple[Segment, ...], tuple[Segment, ...]]:
+    """One layer over whole prompts: hidden states, segments for the host, segments that stay on the device.
+
+    With 8 tokens, split 3 and resident 2, the host gets activations [0, 3) and keys and values [3, 6), and keys and
+    values [6, 8) stay.
+    """
+    layer = nnx.merge(graphdef, params)
+    with _precision(h):
+        h, (activations, own) = layer(h, (), place, split=split, recompute="project", chunk=chunk)
+    host: list[Segment] = [activations] if activations is not None else []
+    stay: list[Segment] = []
+    if own is not None:
+        streamed = own.tokens - resident
+        if streamed:
+            host.append(own[:streamed])
+        if resident:
+            stay.append(own[streamed:])
+    return h, tuple(host), tuple(stay)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "recompute"), donate_argnames=("tail",))
+def layer_step(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    h: Float[Array, "B 1 D"],
+    segments: tuple[Segment, ...],
+    tail: Segment,
+    place: Place,
+    *,
+    recompute: Recompute,
+) -> tuple[Float[Array, "B 1 D"], Segment]:
+    """One layer over one new token a sequence: hidden states, and the tail with the token written into it.
+
+    Segments of activations are turned back into attention here, while the copies of the next layer's segments, which
+    the engine has issued already, cross the link.
+    """
+    layer = nnx.merge(graphdef, params)
+    split = 1 if isinstance(tail, Activations) else 0
+    with _precision(h):
+        h, (activations, own) = layer(h, (*segments, tail), place, split=split, recompute=recompute, chunk=1)
+    return h, _write(tail, activations if own is None else own)
+
+
+def _write(tail: Segment, token: Segment) -> Segment:
+    """The tail with one token at its slot."""
+    at = token.slots[0] - tail.slots[0]
+
+    def put(into: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(into, new, at, axis=0 if new.ndim == 1 else 1)
+
+    return jax.tree.map(put, tail, token)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef",))
+def logits(graphdef: nnx.GraphDef, params: Params, h: Float[Array, "B Q D"]) -> Float[Array, "B V"]:
+    """float32 logits after the last token of each sequence (padding is on the left)."""
+    with _precision(h):
+        return nnx.merge(graphdef, params).decode(h[:, -1:])[:, 0]
+
+
+@jax.jit
+def sample(
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], index: Int[Array, ""], sampling: Sampling
+) -> Int[Array, " B"]:
+    """The next token of each sequence; `index` counts the new tokens before it."""
+    return sample_tokens(logits, keys, index, sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("axis",))
+def concatenate(segments: tuple[Segment, ...], axis: int) -> Segment:
+    """Segments of one form, merged along the batch (axis 0) or along the tokens (axis 1)."""
+
+    def join(*arrays: Array) -> Array:
+        if arrays[0].ndim == 1:  # slots
+            return jnp.concatenate(arrays) if axis == 1 else arrays[0]
+        return jnp.concatenate(arrays, axis)
+
+    return jax.tree.map(join, *segments)

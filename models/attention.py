@@ -1,0 +1,223 @@
+"""Attention of new tokens over a cache in segments, each held as activations or as keys and values.
+
+Every segment gives float32 scores and, once the weights are known, its share of the output. One maximum and one sum
+run over the scores of all segments, and the shares are added up: nothing is ever concatenated along the tokens.
+
+A segment of activations x gives its scores and its share in one of two ways, equal in real arithmetic:
+
+    project  K = x·W_K + b_K and V = x·W_V + b_V are formed again, as in KVPR (arXiv 2411.17089, section 3.2);
+             4·D·K·d FLOPs a token.
+    absorb   the projections move to the query's side of the products, and K and V are never formed:
+                 score(t) = (W_K·q)·x_t + q·b_K          share = W_Vᵀ·(Σ_t p_t·x_t) + b_V·Σ_t p_t
+             4·H·D FLOPs a token, d times fewer. A rotation between W_K and the dot product stands in the way, so
+             rotary models project their keys and absorb their values.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from kvpr_jax.config import ModelConfig
+from kvpr_jax.models.layers import Rope
+from kvpr_jax.segments import Activations, KeysValues, Place, Segment
+
+Recompute = Literal["project", "absorb"]
+Scores = Float[Array, "B K G Q _"]  # the last axis is a segment's T, different for each
+Share = Float[Array, "B K G Q d"]  # this order is what the products give; CPUs refuse some others in bfloat16
+
+MASKED = -1e30  # finite: a row with nothing to see stays a number, and exp(MASKED - max) is exactly 0 elsewhere
+
+
+def visible(
+    queries: Int[Array, " Q"], keys: Int[Array, " T"], start: Int[Array, " B"] | None, window: int | None
+) -> Bool[Array, "#B Q T"]:
+    """Which of the slots `keys` the slots `queries` may attend to.
+
+    Not the future, not the padding below `start`, and not further back than a sliding `window` of tokens. With start
+    (2,) and no window, slot 4 sees slots 2, 3 and 4.
+    """
+    seen = keys[None, None, :] <= queries[None, :, None]
+    if start is not None:
+        seen = seen & (keys[None, None, :] >= start[:, None, None])
+    if window is not None:
+        seen = seen & (queries[None, :, None] - keys[None, None, :] < window)
+    return seen
+
+
+def attend(parts: list[tuple[Scores, Callable[[Scores], Share]]]) -> Share:
+    """One softmax over the scores of all parts; each part turns its own weights into its share of the output."""
+    top = jnp.stack([scores.max(-1) for scores, _ in parts]).max(0)[..., None]
+    weights = [jnp.exp(scores - top) for scores, _ in parts]
+    total = jnp.stack([weight.sum(-1) for weight in weights]).sum(0)
+    share = jnp.stack([part(weight) for weight, (_, part) in zip(weights, parts, strict=True)]).sum(0)
+    return share / total[..., None]
+
+
+def causal_attention(
+    queries: Float[Array, "B Q K G d"], own: KeysValues, place: Place, window: int | None
+) -> Float[Array, "B Q K G d"]:
+    """Fused attention of a prompt's tokens over the prompt: cuDNN's where the backend has it, XLA's elsewhere."""
+    heads = queries.reshape(*queries.shape[:2], -1, queries.shape[-1])
+    whole = place.start is None and window is None and queries.shape[1] == own.tokens
+    half = queries.dtype in (jnp.bfloat16, jnp.float16)
+    fused = jax.default_backend() == "gpu" and half and heads.shape[-1] % 8 == 0 and heads.shape[-1] <= 128
+    out = jax.nn.dot_product_attention(
+        heads,
+        own.keys,
+        own.values,
+        mask=None if whole else visible(place.slots, own.slots, place.start, window)[:, None],
+        is_causal=whole,
+        scale=1.0,
+        implementation="cudnn" if fused else "xla",
+    )
+    return out.reshape(queries.shape)
+
+
+class Attention(nnx.Module):
+    """Multi-head or grouped-query attention, with or without rotary embeddings.
+
+    Args:
+        config: shapes.
+        scale: what queries are multiplied by.
+        bias: whether the query, key and value projections have one.
+        out_bias: whether the output projection has one.
+        rope: rotation of queries and keys, or None.
+        window: sliding window in tokens, or None.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        scale: float,
+        bias: bool,
+        out_bias: bool,
+        rope: Rope | None = None,
+        window: int | None = None,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.groups = config.num_heads // config.num_kv_heads
+        self.kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
+        self.scale, self.rope, self.window = scale, rope, window
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+
+        def linear(inputs: int, outputs: int, use_bias: bool) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+        self.q = linear(config.hidden_size, q_size, bias)
+        self.k = linear(config.hidden_size, kv_size, bias)
+        self.v = linear(config.hidden_size, kv_size, bias)
+        self.o = linear(q_size, config.hidden_size, out_bias)
+
+    def queries(self, x: Float[Array, "B Q D"], positions: Int[Array, "#B Q"]) -> Float[Array, "B Q K G d"]:
+        q = self.q(x).reshape(*x.shape[:2], -1, self.head_dim)
+        if self.rope is not None:
+            q = self.rope.rotate(q, positions)
+        return (q * self.scale).reshape(*x.shape[:2], self.kv_heads, self.groups, self.head_dim)
+
+    def keys(self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]) -> Float[Array, "B T K d"]:
+        k = self.k(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim)
+        return k if self.rope is None else self.rope.rotate(k, positions)
+
+    def values(self, x: Float[Array, "B T D"]) -> Float[Array, "B T K d"]:
+        return self.v(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim)
+
+    def remember(self, x: Float[Array, "B T D"], place: Place) -> KeysValues:
+        """Keys and values of activations: what a token is when it is new, and again whenever it is projected."""
+        return KeysValues(self.keys(x, place.positions(place.slots)), self.values(x), place.slots)
+
+    def __call__(
+        self,
+        x: Float[Array, "B Q D"],
+        own: KeysValues,
+        segments: tuple[Segment, ...],
+        place: Place,
+        recompute: Recompute,
+    ) -> Float[Array, "B Q D"]:
+        """Attention of the tokens `x` at `place` over `segments` and over the call's tokens `own`.
+
+        `own` may hold more tokens than `x` (a chunk of the prompt's queries over the whole prompt); only what
+        `visible` allows counts. `segments` hold slots before those of `own`; slots not written yet are masked out.
+        """
+        q = self.queries(x, place.positions(place.slots))
+        if segments:
+            before = own.slots[:1] - 1
+            q = jnp.moveaxis(q, 1, 3)
+            parts = [self._part(q, segment, place, recompute, before) for segment in segments]
+            out = attend([*parts, self._part(q, own, place, recompute, None)]).astype(x.dtype)
+            out = jnp.moveaxis(out, 3, 1)
+        else:
+            out = causal_attention(q, own, place, self.window)
+        return self.o(out.reshape(*x.shape[:2], -1))
+
+    def _part(
+        self, q: Share, segment: Segment, place: Place, recompute: Recompute, before: Int[Array, " 1"] | None
+    ) -> tuple[Scores, Callable[[Scores], Share]]:
+        """Masked scores of `q` over a segment, and the function from weights to its share of the output.
+
+        A segment of the cache is masked above the slot `before` as well: the rest of a tail is not written yet.
+        """
+        if isinstance(segment, KeysValues):
+            scores, share = self._keys_scores(q, segment.keys), self._values_share(segment.values)
+        else:
+            there = Place(segment.slots, place.start)
+            absorb_keys = recompute == "absorb" and self.rope is None
+            scores = (
+                self._absorbed_scores(q, segment.x)
+                if absorb_keys
+                else self._keys_scores(q, self.keys(segment.x, there.positions(segment.slots)))
+            )
+            share = (
+                self._absorbed_share(segment.x) if recompute == "absorb" else self._values_share(self.values(segment.x))
+            )
+        seen = visible(place.slots, segment.slots, place.start, self.window)
+        if before is not None:
+            seen = seen & (segment.slots <= before)[None, None, :]
+        return jnp.where(seen[:, None, None], scores, MASKED), share
+
+    @staticmethod
+    def _keys_scores(q: Share, keys: Float[Array, "B T K d"]) -> Scores:
+        return jnp.einsum("BKGQd,BTKd->BKGQT", q, keys, preferred_element_type=jnp.float32)
+
+    @staticmethod
+    def _values_share(values: Float[Array, "B T K d"]) -> Callable[[Scores], Share]:
+        return lambda weights: jnp.einsum(
+            "BKGQT,BTKd->BKGQd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+        )
+
+    def _absorbed_scores(self, q: Share, x: Float[Array, "B T D"]) -> Scores:
+        kernel = self.k.kernel[...].reshape(-1, self.kv_heads, self.head_dim)
+        absorbed = jnp.einsum("BKGQd,DKd->BKGQD", q, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+        scores = jnp.einsum("BKGQD,BTD->BKGQT", absorbed, x, preferred_element_type=jnp.float32)
+        if self.k.bias is None:
+            return scores
+        # The same for every token of this segment, but the keys of other segments contain it.
+        bias = self.k.bias[...].reshape(self.kv_heads, self.head_dim)
+        return scores + jnp.einsum("BKGQd,Kd->BKGQ", q, bias, preferred_element_type=jnp.float32)[..., None]
+
+    def _absorbed_share(self, x: Float[Array, "B T D"]) -> Callable[[Scores], Share]:
+        kernel = self.v.kernel[...].reshape(-1, self.kv_heads, self.head_dim)
+
+        def share(weights: Scores) -> Share:
+            mean = jnp.einsum("BKGQT,BTD->BKGQD", weights.astype(x.dtype), x, preferred_element_type=jnp.float32)
+            out = jnp.einsum("BKGQD,DKd->BKGQd", mean.astype(x.dtype), kernel, preferred_element_type=jnp.float32)
+            if self.v.bias is None:
+                return out
+            bias = self.v.bias[...].reshape(1, self.kv_heads, 1, 1, self.head_dim).astype(jnp.float32)
+            return out + weights.sum(-1)[..., None] * bias
+
+        return share
+
+
+def kept(x: Float[Array, "B Q D"], own: KeysValues, split: int) -> tuple[Activations | None, KeysValues | None]:
+    """What the cache keeps of a call's tokens: the first `split` as activations, the others as keys and values."""
+    tokens = own.tokens
+    if not 0 <= split <= tokens:
+        raise ValueError(f"split {split} is outside 0..{tokens}, the tokens of this call")
+    activations = Activations(x, own.slots)
+    return (activations[:split] if split else None), (own[split:] if split < tokens else None)

@@ -1,0 +1,23 @@
+"""Wall-clock timing of asynchronous JAX work."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def trials_s(function: Callable[[], Any], trials: int = 5, warm_up: int = 2) -> list[float]:
+    """Seconds of each trial of `function`, from the call until its results are ready; warm-up is left out."""
+    seconds = []
+    for _ in range(warm_up + trials):
+        begin = time.perf_counter()
+        jax.block_until_ready(function())
+        seconds.append(time.perf_counter() - begin)
+    return seconds[warm_up:]
+
+
+def median_s(function: Callable[[], Any], trials: int = 5, warm_up: int = 2) -> float:
+    """Median of `trials_s`."""
+    return statistics.median(trials_s(function, trials, warm_up))

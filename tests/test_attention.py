@@ -1,0 +1,168 @@
+"""Segment attention against `jax.nn.dot_product_attention` over the whole, for any cut into segments of either form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import LLAMA, OPT, assert_close
+from kvpr_jax.models.attention import Attention, attend, visible
+from kvpr_jax.models.layers import Rope, in_chunks
+from kvpr_jax.segments import Activations, KeysValues, Place
+
+TOKENS, BATCH = 12, 3
+
+
+def attention(config, bias: bool, rope: Rope | None, window: int | None = None, dtype: str = "float32") -> Attention:
+    """Random weights and, where there are any, random biases."""
+    module = Attention(
+        config, scale=0.3, bias=bias, out_bias=bias, rope=rope, window=window,
+        dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    graphdef, state = nnx.split(module)
+    key = jax.random.key(1)
+    state = jax.tree.map(lambda a: (0.5 * jax.random.normal(key, a.shape)).astype(dtype), state)
+    return nnx.merge(graphdef, state)
+
+
+def oracle(module: Attention, x, slots, start):
+    """The last token's attention over all of `x`, by JAX's own attention over concatenated float32 keys and values."""
+    module = nnx.merge(*jax.tree.map(lambda a: a.astype(jnp.float32), nnx.split(module)))
+    x = x.astype(jnp.float32)
+    place = Place(slots, start)
+    positions = place.positions(slots)
+    q = module.queries(x[:, -1:], positions[:, -1:])
+    mask = np.arange(TOKENS)[None, :] >= (np.zeros(BATCH, int) if start is None else np.asarray(start))[:, None]
+    if module.window is not None:
+        mask &= np.arange(TOKENS)[None, :] > TOKENS - 1 - module.window
+    out = jax.nn.dot_product_attention(
+        q.reshape(BATCH, 1, -1, module.head_dim), module.keys(x, positions), module.values(x),
+        mask=jnp.asarray(mask)[:, None, None], scale=1.0,
+    )  # fmt: skip
+    return module.o(out.reshape(BATCH, 1, -1))
+
+
+def over_segments(module, x, slots, start, cuts, forms, recompute):
+    """The same through segments between `cuts`, in shuffled order, each in the form that `forms` says."""
+    edges = [0, *sorted(set(cuts)), TOKENS - 1]
+    segments = []
+    for first, last, as_activations in zip(edges, edges[1:], forms, strict=False):
+        if first < last:
+            piece, at = x[:, first:last], slots[first:last]
+            segments.append(Activations(piece, at) if as_activations else module.remember(piece, Place(at, start)))
+    place = Place(slots[-1:], start)
+    new = x[:, -1:]
+    return module(new, module.remember(new, place), tuple(segments[::-1]), place, recompute)
+
+
+CASES = {
+    "opt": (OPT, True, None, None),
+    "without biases": (OPT, False, None, None),
+    "rope": (LLAMA, False, Rope(10, theta=50.0), None),
+    "rope and biases": (LLAMA, True, Rope(10, theta=50.0), None),
+    "grouped": (LLAMA.__class__(**(vars(LLAMA) | {"num_kv_heads": 2})), True, Rope(10), None),
+    "window": (OPT, True, None, 5),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("recompute", ["project", "absorb"])
+@settings(max_examples=12, deadline=None)
+@given(
+    cuts=st.lists(st.integers(1, TOKENS - 2), max_size=3),
+    forms=st.lists(st.booleans(), min_size=4, max_size=4),
+    starts=st.none() | st.lists(st.integers(0, TOKENS - 1), min_size=BATCH, max_size=BATCH),
+    seed=st.integers(0, 99),
+)
+def test_any_cut_into_segments_equals_attention_over_the_whole(name, recompute, cuts, forms, starts, seed):
+    config, bias, rope, window = CASES[name]
+    module = attention(config, bias, rope, window)
+    x = jax.random.normal(jax.random.key(seed), (BATCH, TOKENS, config.hidden_size))
+    slots, start = jnp.arange(TOKENS), None if starts is None else jnp.asarray(starts)
+    with jax.default_matmul_precision("highest"):
+        expected = oracle(module, x, slots, start)
+        assert_close(over_segments(module, x, slots, start, cuts, forms, recompute), expected)
+
+
+@pytest.mark.parametrize("name", ["opt", "rope and biases"])
+def test_bfloat16_activations_are_no_worse_than_bfloat16_keys_and_values(name):
+    config, bias, rope, window = CASES[name]
+    module = attention(config, bias, rope, window, dtype="bfloat16")
+    slots = jnp.arange(TOKENS)
+    errors = {"keys and values": [], "project": [], "absorb": []}
+    for seed in range(8):
+        x = jax.random.normal(jax.random.key(seed), (BATCH, TOKENS, config.hidden_size), jnp.bfloat16)
+        expected = np.asarray(oracle(module, x, slots, None), np.float32)
+        for way, error in errors.items():
+            forms = [way != "keys and values"] * 4
+            out = over_segments(module, x, slots, None, [], forms, "absorb" if way == "absorb" else "project")
+            error.append(np.linalg.norm(np.asarray(out, np.float32) - expected) / np.linalg.norm(expected))
+            assert_close(np.asarray(out, np.float32), expected, "bfloat16")
+    mean = {way: np.mean(error) for way, error in errors.items()}
+    assert mean["absorb"] <= 1.1 * mean["keys and values"], mean
+    assert mean["project"] <= 1.1 * mean["keys and values"], mean
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("chunk", [12, 5, 4, 1])
+@pytest.mark.parametrize("name", CASES)
+def test_a_prompt_in_chunks_of_queries_equals_token_by_token(name, chunk, ragged):
+    config, bias, rope, window = CASES[name]
+    module = attention(config, bias, rope, window)
+    x = jax.random.normal(jax.random.key(7), (BATCH, TOKENS, config.hidden_size))
+    slots, start = jnp.arange(TOKENS), jnp.array([0, 3, 7]) if ragged else None
+    whole = module.remember(x, Place(slots, start))
+
+    def block(x, at):
+        return module(x, whole, (), Place(at[0], start), "project")
+
+    with jax.default_matmul_precision("highest"):
+        out = in_chunks(block, chunk, x, slots[None])
+        place = Place(slots[-1:], start)
+        before = whole[: TOKENS - 1]
+        alone = module(x[:, -1:], module.remember(x[:, -1:], place), (before,), place, "project")
+    assert out.shape == (BATCH, TOKENS, config.hidden_size)
+    assert_close(out[:, -1:], alone)
+
+
+def test_slots_not_written_yet_do_not_count():
+    """A tail that is half full of numbers which would win every softmax."""
+    module = attention(OPT, True, None)
+    x = jax.random.normal(jax.random.key(3), (BATCH, TOKENS, OPT.hidden_size))
+    slots = jnp.arange(TOKENS)
+    written = module.remember(x[:, :6], Place(slots[:6], None))
+    tail = KeysValues(
+        jnp.concatenate([written.keys, jnp.full((BATCH, 4, 4, 11), 1e4)], 1),
+        jnp.concatenate([written.values, jnp.full((BATCH, 4, 4, 11), 1e4)], 1),
+        slots[:10],
+    )
+    place = Place(slots[6:7], None)
+    new = module.remember(x[:, 6:7], place)
+    assert_close(
+        module(x[:, 6:7], new, (tail,), place, "project"), module(x[:, 6:7], new, (written,), place, "project")
+    )
+
+
+def test_a_sequence_that_sees_only_itself_stays_finite():
+    module = attention(OPT, True, None)
+    x = jax.random.normal(jax.random.key(3), (1, 4, OPT.hidden_size))
+    slots, start = jnp.arange(4), jnp.array([3])
+    out = module(x, module.remember(x, Place(slots, start)), (), Place(slots, start), "project")
+    assert np.isfinite(np.asarray(out)).all()
+
+
+def test_attend_does_not_overflow():
+    def ones(weights):
+        return weights.sum(-1)[..., None]
+
+    scores = jnp.array([[[[[3e4, -3e4]]]]])
+    np.testing.assert_allclose(attend([(scores, ones), (scores - 6e4, ones)]), 1.0)
+
+
+def test_visible_is_causal_padded_and_windowed():
+    seen = visible(jnp.array([3, 4]), jnp.arange(5), jnp.array([0, 2]), 3)
+    expected = [[[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]], [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]]
+    np.testing.assert_array_equal(seen, np.array(expected, bool))

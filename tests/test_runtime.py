@@ -1,0 +1,178 @@
+"""Engines, cache and prefill: every way to hold the cache gives the same logits, within the memory it promises."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers import CONFIGS, GQA, LLAMA, OPT, assert_close, greedy, random_model, random_prompts
+from kvpr_jax import memory, runtime, scheduler, steps
+from kvpr_jax.models import llama, opt
+from kvpr_jax.runtime import Decoder
+from kvpr_jax.scheduler import Request
+
+LENGTHS = (13, 7, 1)  # ragged: padded on the left
+NEW = 12
+
+
+def whole_text_logits(model, prompt, tokens):
+    """Logits before each of `tokens` from one pass over the whole text, without any cache."""
+    text = jnp.asarray([[*prompt, *tokens]])
+    return np.asarray(jax.jit(lambda m, t: m(t))(model, text))[0, len(prompt) - 1 : -1]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("split", ["0", "1", "6", "13"])
+@pytest.mark.parametrize("recompute", ["project", "absorb"])
+def test_logits_equal_a_pass_without_cache(name, split, recompute):
+    model = random_model(CONFIGS[name])
+    prompts = random_prompts(LENGTHS, model.config.vocab_size)
+    request = Request(split=split, recompute=recompute, tail_tokens=5)
+    tokens, logits, cache, plan = greedy(Decoder(model), prompts, NEW, request)
+    assert plan.split == int(split) and cache.tokens()["tail"] == 1 and len(cache.layers[0]) >= 2
+    for row, prompt in enumerate(prompts):
+        assert_close(logits[:, row], whole_text_logits(model, prompt, tokens[row]))
+
+
+@pytest.mark.parametrize("change", [
+    {"engine": "sequential"},
+    {"prefill_tokens": 4},  # one sequence at a time, 4 queries at a time
+    {"prefill_tokens": 26},  # chunks of 2 sequences and 1
+    {"split": "auto", "offload": "none"},
+    {"split": "auto", "offload": "all"},
+    {"split": "auto", "offload": "auto", "device_cache_gib": 2e-4},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("config", [OPT, LLAMA], ids=["opt", "llama"])
+def test_how_it_is_carried_out_does_not_change_the_tokens(config, change):
+    decoder = Decoder(random_model(config))
+    prompts = random_prompts(LENGTHS, config.vocab_size)
+    reference, logits, _, _ = greedy(decoder, prompts, NEW, Request(split="6", tail_tokens=5))
+    tokens, changed, _, _ = greedy(decoder, prompts, NEW, Request(**({"split": "6", "tail_tokens": 5} | change)))
+    np.testing.assert_array_equal(tokens, reference)
+    assert_close(changed, logits)
+
+
+def test_residency_keeps_the_end_of_the_prompt_on_the_device():
+    decoder = Decoder(random_model(OPT))
+    prompts = random_prompts((13, 13), OPT.vocab_size)
+    token_gib = 2 * OPT.kv_width * 4 * OPT.num_layers / memory.GIB
+    request = Request(device_cache_gib=(9 + 0.5) * token_gib, tail_tokens=2)
+    _, _, cache, plan = greedy(decoder, prompts, 4, request)
+    assert plan.resident_tokens == 9 - 2 * 2 and plan.offloaded
+    assert cache.tokens()["resident"] == 5
+    assert cache.tokens()["activations"] + cache.tokens()["keys_values"] == 8 + 2
+
+
+def test_host_segments_are_in_pinned_host_memory_and_counted():
+    prompts = random_prompts((10, 10), OPT.vocab_size)
+    _, _, cache, plan = greedy(Decoder(random_model(OPT)), prompts, 3, Request(split="4", tail_tokens=5))
+    for activations, keys_values in cache.layers:
+        assert activations.x.shape == (2, 4, 44) and activations.x.sharding.memory_kind == "pinned_host"
+        assert keys_values.keys.shape == (2, 6, 4, 11) and keys_values.values.sharding.memory_kind == "pinned_host"
+    expected = 3 * 2 * (4 * 44 + 6 * 2 * 44) * 4
+    assert cache.bytes_per_step() == plan.host_bytes_per_step == expected
+    assert cache.fetched_bytes == 2 * expected  # the first of three tokens comes from prefill
+
+
+@pytest.mark.parametrize("engine, most", [("overlapped", scheduler.WINDOW), ("sequential", 1)])
+def test_engine_holds_no_more_than_its_window_on_the_device(engine, most, monkeypatch):
+    """Counts live device arrays of the shape of a host segment at every compute of a step."""
+    layers = 7
+    config = OPT.__class__(**(vars(OPT) | {"num_layers": layers}))
+    decoder = Decoder(random_model(config))
+    prompts = random_prompts((17, 17), config.vocab_size)
+    cache, logits = decoder.prefill(prompts, decoder.plan(prompts, 4, Request(split="17", engine=engine)))
+    held: list[int] = []
+    compute = steps.layer_step
+
+    def counting(*args, **kwargs):
+        alive = [a for a in jax.live_arrays() if a.shape == (2, 17, 44) and a.sharding.memory_kind == memory.DEVICE]
+        held.append(len(alive))
+        return compute(*args, **kwargs)
+
+    monkeypatch.setattr(steps, "layer_step", counting)
+    for _ in range(2):
+        logits = decoder.step(cache, logits.argmax(-1).astype(jnp.int32))
+    assert len(held) == 2 * layers
+    assert max(held) == most
+
+
+def test_prefill_keeps_no_more_than_its_window_on_the_device(monkeypatch):
+    layers = 7
+    config = OPT.__class__(**(vars(OPT) | {"num_layers": layers}))
+    decoder = Decoder(random_model(config))
+    prompts = random_prompts((17, 17), config.vocab_size)
+    plan = decoder.plan(prompts, 4, Request(split="17"))
+    waiting: list[int] = []
+    layer, block = steps.prefill_layer, jax.block_until_ready
+    unfinished: collections.deque = collections.deque()
+
+    def counting(*args, **kwargs):
+        waiting.append(len(unfinished))
+        unfinished.append(None)
+        return layer(*args, **kwargs)
+
+    def finishing(tree):
+        unfinished.popleft()
+        return block(tree)
+
+    monkeypatch.setattr(steps, "prefill_layer", counting)
+    monkeypatch.setattr(runtime.jax, "block_until_ready", finishing)
+    decoder.prefill(prompts, plan)
+    assert len(waiting) == layers and max(waiting) == scheduler.WINDOW - 1
+
+
+@pytest.mark.parametrize("config, module", [(OPT, opt), (LLAMA, llama)], ids=["opt", "llama"])
+def test_a_layer_step_is_traced_once_per_shape(config, module, monkeypatch):
+    """Not once per layer, per token, per prompt content or per temperature."""
+    jax.clear_caches()
+    traces: list[str] = []
+    call = module.DecoderLayer.__call__
+
+    def counting(self, h, *args, **kwargs):
+        traces.append("prefill" if h.shape[1] > 1 else "step")
+        return call(self, h, *args, **kwargs)
+
+    monkeypatch.setattr(module.DecoderLayer, "__call__", counting)
+    decoder = Decoder(random_model(config))
+    for seed in (0, 1):
+        prompts = random_prompts((13, 7), config.vocab_size, seed)
+        greedy(decoder, prompts, 6, Request(split="6", tail_tokens=10, recompute="absorb"))
+    assert traces == ["prefill", "step"]
+    assert steps.layer_step._cache_size() == 1 and steps.prefill_layer._cache_size() == 1
+    greedy(decoder, prompts, 6, Request(split="5", tail_tokens=10, recompute="absorb"))
+    assert traces == ["prefill", "step"] * 2
+
+
+def test_a_forced_split_is_obeyed_where_it_does_not_pay():
+    prompts = random_prompts((9,), GQA.vocab_size)
+    plan = Decoder(random_model(GQA)).plan(prompts, 4, Request(split="5"))
+    assert plan.split == 5 and plan.offloaded
+    plan = Decoder(random_model(GQA)).plan(prompts, 4, Request(offload="all"))
+    assert plan.split == 0 and "no smaller than keys and values" in plan.reason
+
+
+def test_step_refuses_what_it_cannot_do():
+    decoder = Decoder(random_model(OPT))
+    prompts = random_prompts((109,), OPT.vocab_size)
+    cache, logits = decoder.prefill(prompts, decoder.plan(prompts, 4, Request(offload="all")))
+    with pytest.raises(ValueError, match=r"shape \(2,\).*each of the 1 sequences"):
+        decoder.step(cache, jnp.zeros(2, jnp.int32))
+    for _ in range(4):
+        logits = decoder.step(cache, logits.argmax(-1).astype(jnp.int32))
+    with pytest.raises(ValueError, match="113 tokens, all the positions"):
+        decoder.step(cache, logits.argmax(-1).astype(jnp.int32))
+
+
+@pytest.mark.parametrize("prompts, new, message", [
+    ([], 4, "no prompts"),
+    ([[3], []], 4, "prompt 2 of 2 is empty"),
+    ([[3, 89]], 4, "outside the vocabulary 0..88"),
+    ([[3]], 0, "max-new-tokens 0"),
+    ([[3] * 110], 4, "110 prompt tokens and 4 new tokens are more than the model's 113 positions"),
+])  # fmt: skip
+def test_workloads_that_cannot_run_are_named(prompts, new, message):
+    with pytest.raises(ValueError, match=message):
+        Decoder(random_model(OPT)).plan(prompts, new)
