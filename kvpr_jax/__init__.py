@@ -1,5 +1,10 @@
 """LLM decoding in JAX with the KV cache in pinned host memory, part of it held as the smaller activations."""
 
+import os
+
+# transformers is here for tokenizers and configs; that it finds no torch is as it should be.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 from kvpr_jax import memory
 from kvpr_jax._version import __version__
 

@@ -10,7 +10,6 @@ logarithm of the tokens generated.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jaxtyping import Array, Int
 
 from kvpr_jax import memory, steps
 from kvpr_jax.config import ModelConfig
+from kvpr_jax.engines import ENGINES, Overlapped, Sequential
 from kvpr_jax.scheduler import Plan
 from kvpr_jax.segments import Activations, KeysValues, Segment
 
@@ -36,7 +36,9 @@ class Cache:
         batch: B.
         length: slots filled, the same for every sequence; the next token stands at this slot.
         tails: for each layer, its tail of `plan.tail_tokens` slots.
-        fetched_bytes: bytes that `fetch` has moved over the link so far.
+        engine: carries out its decode steps.
+        bytes_per_step: bytes that cross the link in a step: all segments on the host.
+        fetched_bytes: bytes that steps have moved over the link so far.
     """
 
     config: ModelConfig
@@ -47,9 +49,12 @@ class Cache:
     batch: int
     length: int
     tails: list[Segment] = dataclasses.field(init=False)
+    engine: Sequential | Overlapped = dataclasses.field(init=False)
+    bytes_per_step: int = dataclasses.field(init=False)
     fetched_bytes: int = 0
 
     def __post_init__(self) -> None:
+        self.engine = ENGINES[self.plan.engine]()
         self._new_tails()
 
     @property
@@ -58,9 +63,8 @@ class Cache:
         return self.length == self._tail_start + self.plan.tail_tokens
 
     def fetch(self, layer: int) -> tuple[Segment, ...]:
-        """The layer's segments on the device: those on the host are copied, asynchronously, and counted."""
-        self.fetched_bytes += _host_bytes(self.layers[layer])
-        return memory.to_device(self.layers[layer])
+        """The layer's segments on the device: those on the host are copied, asynchronously."""
+        return tuple(memory.fetched(segment) for segment in self.layers[layer])
 
     def flush(self) -> None:
         """Make every layer's full tail its next segment, on the host if the cache is offloaded, and begin anew."""
@@ -68,10 +72,6 @@ class Cache:
             full = memory.to_host(tail) if self.plan.offloaded else tail
             self.layers[layer] = _merged((*self.layers[layer], full))
         self._new_tails()
-
-    def bytes_per_step(self) -> int:
-        """Bytes that cross the link in a step: all segments on the host."""
-        return sum(map(_host_bytes, self.layers))
 
     def tokens(self) -> dict[str, int]:
         """Tokens of one layer by where and how they are held: activations, keys_values, resident, tail."""
@@ -84,16 +84,12 @@ class Cache:
     def _new_tails(self) -> None:
         """Empty tails from slot `length` on, in the form that keeps the share of activations on the host."""
         self._tail_start = self.length
+        self.bytes_per_step = sum(s.nbytes for segments in self.layers for s in segments if memory.on_host(s))
         held = self.tokens()
         total = held["activations"] + held["keys_values"] + self.plan.tail_tokens
         missing = self.plan.activation_share * total - held["activations"]
         empty = _empty_activations if missing >= self.plan.tail_tokens / 2 else _empty_keys_values
-        # Placed explicitly: an array without a fixed place would compile a layer step of its own for the first token.
-        self.tails = [memory.to_device(empty(self)) for _ in self.layers]
-
-
-def _host_bytes(segments: tuple[Segment, ...]) -> int:
-    return sum(segment.nbytes for segment in segments if memory.on_host(segment))
+        self.tails = [memory.placed(empty(self)) for _ in self.layers]
 
 
 def _tail_slots(cache: Cache) -> Int[Array, " T"]:
@@ -111,7 +107,7 @@ def _empty_keys_values(cache: Cache) -> KeysValues:
 
 
 def _merged(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
-    """One layer's segments, with the last `MERGE` flushed ones of the newest's form and length made into one.
+    """One layer's segments; once `MERGE` of them on the host have the newest's form and length, they become one.
 
     With MERGE 4 and tails of 64 tokens, the 4th flush leaves one segment of 256, the 16th one of 1024.
     """
@@ -119,17 +115,6 @@ def _merged(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
     alike = [s for s in segments if type(s) is type(newest) and s.tokens == newest.tokens and memory.on_host(s)]
     if len(alike) < MERGE:
         return segments
-    merged = memory.to_host(steps.concatenate(memory.to_device(tuple(alike)), axis=1))
+    merged = memory.to_host(steps.concatenate(tuple(map(memory.fetched, alike)), axis=1))
     jax.block_until_ready(merged)  # one layer at a time on the device
     return _merged((*(s for s in segments if not any(s is a for a in alike)), merged))
-
-
-def join_sequences(chunks: Sequence[tuple[Segment, ...]]) -> tuple[Segment, ...]:
-    """One layer's segments for the whole batch from those of its chunks of sequences, each where it was before."""
-    if len(chunks) == 1:
-        return chunks[0]
-    joined = []
-    for pieces in zip(*chunks, strict=True):
-        whole = steps.concatenate(memory.to_device(pieces), axis=0)
-        joined.append(memory.to_host(whole) if memory.on_host(pieces[0]) else whole)
-    return tuple(jax.block_until_ready(joined))

@@ -45,7 +45,7 @@ def find(model: str | Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or str(model).startswith("."):
         raise ValueError(f"model {str(model)!r}: no such directory, and not a hub id of the form owner/name")
     try:
-        return Path(snapshot_download(str(model), allow_patterns=PATTERNS))
+        return Path(snapshot_download(str(model), allow_patterns=PATTERNS, ignore_patterns=["*/*", "consolidated*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"model {str(model)!r}: no such directory, and the hub did not give it: {_first_line(error)}"
@@ -67,14 +67,14 @@ def read_config(directory: Path) -> tuple[ModelConfig, Any]:
         raise ValueError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise ValueError(f"{path}: no model_type")
-    module = architecture(fields["model_type"])
+    module = architecture(str(fields["model_type"]))
     try:
         hf = transformers.AutoConfig.from_pretrained(directory)
         if (directory / "generation_config.json").is_file():
             generation = transformers.GenerationConfig.from_pretrained(directory)
             hf.eos_token_id = generation.eos_token_id if generation.eos_token_id is not None else hf.eos_token_id
         return module.Config.from_hf(hf), hf
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except Exception as error:  # transformers' own checks raise errors of many kinds
         raise ValueError(f"{path}: {_first_line(error)}") from error
 
 
@@ -98,6 +98,12 @@ def default_dtype(hf: Any) -> str:
     """The checkpoint's own dtype on an accelerator; float32 on a CPU, where narrower types only cost accuracy."""
     stored = str(getattr(hf, "dtype", None) or "float32").removeprefix("torch.")
     return stored if jax.default_backend() != "cpu" and stored in DTYPES else "float32"
+
+
+def weights_bytes(config: ModelConfig, dtype: jnp.dtype) -> int:
+    """Bytes of the model's parameters, without making any."""
+    abstract = nnx.eval_shape(lambda: Model(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(abstract)))
 
 
 def load_model(directory: Path, dtype: str | None = None, progress: Progress | None = None) -> Model:
@@ -170,7 +176,10 @@ def _shards(directory: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise ValueError(f"model {str(directory)!r} has neither model.safetensors nor model.safetensors.index.json")
+        raise ValueError(
+            f"model {str(directory)!r} has neither model.safetensors nor model.safetensors.index.json; transformers' "
+            "save_pretrained writes them from other formats"
+        )
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

@@ -42,7 +42,16 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "mlp_size"):
+        for field in (
+            "vocab_size",
+            "num_layers",
+            "hidden_size",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "mlp_size",
+            "max_positions",
+        ):
             if getattr(self, field) < 1:
                 raise ValueError(f"config: {field} is {getattr(self, field)}; it must be at least 1")
         if self.num_heads % self.num_kv_heads:

@@ -19,6 +19,8 @@ GIB = 2**30
 
 Tree = TypeVar("Tree")
 
+_pinned_most = 0  # the most pinned bytes seen live: XLA's pool is at least this large
+
 
 def allow_pinned_memory() -> None:
     """Let XLA pin as much host memory as is free: its own limit is 64 GB. A value set by the user is kept.
@@ -33,15 +35,28 @@ def _sharding(kind: str) -> SingleDeviceSharding:
     return SingleDeviceSharding(jax.local_devices()[0], memory_kind=kind)
 
 
-def to_device(tree: Tree) -> Tree:
-    """Copies of the tree's arrays on the device; asynchronous, free for arrays that are there already."""
+def placed(tree: Tree) -> Tree:
+    """The tree's arrays bound to the device, without a copy where they are there already.
+
+    To JAX's cache of compiled functions an array that was left where JAX put it differs from one that was placed, so
+    everything that enters a compiled step is placed; a mixture would compile the same step twice.
+    """
     return jax.device_put(tree, _sharding(DEVICE))
+
+
+def fetched(segment: Segment) -> Segment:
+    """The segment on the device: an asynchronous copy, or the segment itself if it is there."""
+    return _moved(segment, DEVICE) if on_host(segment) else segment
 
 
 def to_host(segment: Segment) -> Segment:
     """A copy of the segment in pinned host memory, asynchronous; its few `slots` stay on the device."""
+    return _moved(segment, HOST)
+
+
+def _moved(segment: Segment, kind: str) -> Segment:
     arrays = {f.name: getattr(segment, f.name) for f in dataclasses.fields(segment) if f.name != "slots"}
-    return dataclasses.replace(segment, **jax.device_put(arrays, _sharding(HOST)))
+    return dataclasses.replace(segment, **jax.device_put(arrays, _sharding(kind)))
 
 
 def on_host(segment: Segment) -> bool:
@@ -52,15 +67,36 @@ def free_host_bytes() -> int:
     """Bytes of host memory that can still be taken: what the system has, or the control group's limit if lower."""
     free = [_meminfo("MemAvailable")]
     cgroup = Path("/sys/fs/cgroup")
-    for limit, used in (
-        (cgroup / "memory.max", cgroup / "memory.current"),
-        (cgroup / "memory/memory.limit_in_bytes", cgroup / "memory/memory.usage_in_bytes"),
+    for group, limit, used in (
+        (cgroup, "memory.max", "memory.current"),
+        (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         try:
-            free.append(int(limit.read_text()) - int(used.read_text()))
+            taken = int((group / used).read_text()) - _given_back(group / "memory.stat")
+            free.append(int((group / limit).read_text()) - taken)
         except (OSError, ValueError):  # no such control group, or "max"
             continue
     return max(0, min(free))
+
+
+def _given_back(statistics: Path) -> int:
+    """Bytes of a control group's usage that the kernel frees when they are needed: pages of files read long ago."""
+    lines = statistics.read_text().splitlines() if statistics.is_file() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+
+
+def free_pinned_bytes() -> int:
+    """Bytes of pinned host memory that arrays can still take: free host memory, within XLA's limit for its pool.
+
+    XLA keeps what it has pinned, so memory of arrays that are gone counts as free to new ones.
+    """
+    global _pinned_most
+    if device_memory_is_host_memory():
+        return free_host_bytes()
+    live = sum(array.nbytes for array in jax.live_arrays() if array.sharding.memory_kind == HOST)
+    _pinned_most = max(_pinned_most, live)
+    limit = int(os.environ.get(HOST_POOL_LIMIT, "64")) * GIB
+    return min(free_host_bytes() + _pinned_most - live, limit - live)
 
 
 def _meminfo(name: str) -> int:

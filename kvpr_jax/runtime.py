@@ -1,9 +1,5 @@
-"""Carries a plan out: prefill a batch of prompts into a cache, then step it token by token.
+"""Carries a plan out: prefill a batch of prompts into a cache, then step it token by token."""
 
-The engines are the two ways to run a decode step over a cache on the host; both do the same arithmetic.
-"""
-
-import collections
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,48 +8,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvpr_jax import memory, scheduler, steps
-from kvpr_jax.cache import Cache, join_sequences
+from kvpr_jax.cache import Cache
 from kvpr_jax.config import ModelConfig
+from kvpr_jax.engines import WINDOW
 from kvpr_jax.models import Model
 from kvpr_jax.profiling import profile
 from kvpr_jax.scheduler import Plan, Request, Workload
 from kvpr_jax.segments import Place, Segment
-
-Fetch = Callable[[int], tuple[Segment, ...]]
-Compute = Callable[[int, Array, tuple[Segment, ...]], Array]
-
-
-def sequential(layers: int, fetch: Fetch, compute: Compute, h: Array) -> Array:
-    """Copy, wait, compute, wait: one layer after the other. The plain form that `overlapped` must equal."""
-    for layer in range(layers):
-        segments = jax.block_until_ready(fetch(layer))
-        h = jax.block_until_ready(compute(layer, h, segments))
-    return h
-
-
-def overlapped(layers: int, fetch: Fetch, compute: Compute, h: Array) -> Array:
-    """Issue the copies of layer i+1, then compute layer i: XLA runs them side by side, on streams of their own.
-
-    A window bounds what is issued. Before layer i+1 is fetched, layer i-2 must be done, so the device holds the
-    segments of three layers at most: i-1 (being computed), i (arriving) and i+1 (issued).
-    """
-    window: collections.deque[tuple[tuple[Segment, ...], Array]] = collections.deque()
-    ahead = fetch(0)
-    for layer in range(layers):
-        segments, ahead = ahead, ()
-        if len(window) == scheduler.WINDOW - 1:
-            window.popleft()[1].block_until_ready()
-        if layer + 1 < layers:
-            ahead = fetch(layer + 1)
-        h = compute(layer, h, segments)
-        window.append((segments, h))
-    return h
-
-
-ENGINES: dict[str, Callable[[int, Fetch, Compute, Array], Array]] = {
-    "overlapped": overlapped,
-    "sequential": sequential,
-}
 
 
 class Decoder:
@@ -80,10 +41,7 @@ class Decoder:
             ValueError: a prompt is empty or too long, or the request does not fit it.
             MemoryError: it does not fit the device or the host.
         """
-        workload = workload_of(prompts, new_tokens, self.config)
-        measured = profile.load_or_measure(self.config, self.dtype, workload.batch)
-        free = memory.free_device_bytes(), memory.free_host_bytes()
-        return scheduler.make_plan(self.config, self.dtype, workload, request, measured, *free)
+        return plan_for(self.config, self.dtype, workload_of(prompts, new_tokens, self.config), request)
 
     def prefill(
         self,
@@ -91,46 +49,54 @@ class Decoder:
         plan: Plan,
         progress: Callable[[int, int], None] | None = None,
     ) -> tuple[Cache, Float[Array, "B V"]]:
-        """Run the prompts through the model, a chunk of sequences at a time, into a new cache.
+        """Run the prompts through the model, a layer and in it a chunk of sequences at a time, into a new cache.
 
         Prompts of different lengths are padded on the left. While one layer computes, the segments of the layer
         before it are copied to the host.
 
         Args:
-            progress: called with (layers done, layers in all) over all chunks.
+            prompts: token ids; those that the plan was made for, or others of the same number and greatest length.
+            plan: how the cache is held.
+            progress: called with (layers done, layers in all).
 
         Returns:
             The cache and the logits after each prompt's last token.
+
+        Raises:
+            ValueError: a prompt is empty, has tokens outside the vocabulary, or the plan is for other shapes.
         """
+        workload = workload_of(prompts, 1, self.config)
+        if (workload.batch, workload.prompt_tokens) != (plan.batch, plan.cached_tokens):
+            raise ValueError(
+                f"the plan is for {plan.batch} prompts of {plan.cached_tokens} tokens at most; these are "
+                f"{workload.batch} of {workload.prompt_tokens}"
+            )
         tokens, start = _left_padded(prompts)
-        per_chunk = plan.prefill_sequences
-        chunks = range(0, len(prompts), per_chunk)
-        done, total = 0, len(chunks) * self.config.num_layers
-        stored: list[list[tuple[Segment, ...]]] = [[] for _ in self.params]
-        logits = []
-        for first in chunks:
-            rows = slice(first, first + per_chunk)
-            slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        chunks = []  # of sequences: where they stand, and their hidden states
+        for first in range(0, plan.batch, plan.prefill_sequences):
+            rows = slice(first, first + plan.prefill_sequences)
             place = Place(slots, None if start is None else start[rows])
-            h = steps.embed(*self.embedder, tokens[rows], place)
-            for layer, params in enumerate(self.params):
-                h, host, stay = steps.prefill_layer(
+            chunks.append((place, steps.embed(*self.embedder, tokens[rows], place)))
+        layers: list[tuple[Segment, ...]] = []
+        for params in self.params:
+            if len(layers) >= WINDOW:  # bounds what waits on the device for its copy
+                jax.block_until_ready(layers[-WINDOW])
+            parts = []
+            for index, (place, h) in enumerate(chunks):
+                h, *segments = steps.prefill_layer(
                     self.layer, params, h, place,
                     split=plan.split, resident=plan.resident_tokens, chunk=plan.prefill_queries,
                 )  # fmt: skip
-                stored[layer].append((*(memory.to_host(segment) for segment in host), *stay))
-                if layer >= scheduler.WINDOW - 1:  # bounds what waits on the device for its copy
-                    jax.block_until_ready(stored[layer - scheduler.WINDOW + 1][-1])
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-            logits.append(steps.logits(*self.embedder, h))
-        layers = []
-        for layer, pieces in enumerate(stored):
-            layers.append(join_sequences(pieces))
-            stored[layer] = []
-        cache = Cache(self.config, self.dtype, plan, layers, start, len(prompts), tokens.shape[1])
-        return cache, jnp.concatenate(logits) if len(logits) > 1 else logits[0]
+                chunks[index] = (place, h)
+                parts.append(segments)
+            host, stay = (tuple(map(_joined, zip(*pieces, strict=True))) for pieces in zip(*parts, strict=True))
+            layers.append((*map(memory.to_host, host), *stay))
+            if progress is not None:
+                progress(len(layers), self.config.num_layers)
+        logits = [steps.logits(*self.embedder, h) for _, h in chunks]
+        cache = Cache(self.config, self.dtype, plan, layers, start, plan.batch, plan.cached_tokens)
+        return cache, jnp.concatenate(logits)
 
     def step(self, cache: Cache, tokens: Int[Array, " B"]) -> Float[Array, "B V"]:
         """Append one token to each sequence and return the logits after it.
@@ -152,11 +118,25 @@ class Decoder:
             )
             return h
 
-        # Placed explicitly, as the layers' outputs are: otherwise the first layer would compile a step of its own.
-        h = memory.to_device(steps.embed(*self.embedder, tokens[:, None], place))
-        h = ENGINES[cache.plan.engine](self.config.num_layers, cache.fetch, compute, h)
+        h = steps.embed(*self.embedder, tokens[:, None], place)
         cache.length += 1
+        cache.fetched_bytes += cache.bytes_per_step
+        h = cache.engine.step(self.config.num_layers, cache.fetch, compute, h, more=not cache.full)
         return steps.logits(*self.embedder, h)
+
+
+def plan_for(
+    config: ModelConfig, dtype: jnp.dtype, workload: Workload, request: Request, weights_bytes: int = 0
+) -> Plan:
+    """The plan for a workload on this machine as it is now; see `scheduler.make_plan` for the errors.
+
+    Args:
+        weights_bytes: device memory that the model will take, if it is not loaded yet.
+    """
+    measured = profile.load_or_measure(config, dtype, workload.batch)
+    on_host = weights_bytes if memory.device_memory_is_host_memory() else 0
+    free = memory.free_device_bytes() - weights_bytes, memory.free_pinned_bytes() - on_host
+    return scheduler.make_plan(config, dtype, workload, request, measured, *free)
 
 
 def workload_of(prompts: Sequence[Sequence[int]], new_tokens: int, config: ModelConfig) -> Workload:
@@ -193,3 +173,8 @@ def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[Array, "B S"], I
         row[longest - len(prompt) :] = prompt
     start = np.array([longest - len(prompt) for prompt in prompts], np.int32)
     return jnp.asarray(tokens), jnp.asarray(start) if start.any() else None
+
+
+def _joined(pieces: tuple[Segment, ...]) -> Segment:
+    """A segment of the whole batch from those of its chunks of sequences."""
+    return pieces[0] if len(pieces) == 1 else steps.concatenate(pieces, axis=0)

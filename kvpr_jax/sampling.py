@@ -31,8 +31,8 @@ class Sampling:
         """Raises ValueError for a value out of range, naming it."""
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature {self.temperature} must be 0 or more")
-        if self.top_k < 0:
-            raise ValueError(f"top-k {self.top_k} must be 0 (no limit) or more")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top-k {self.top_k} must be 0 (no limit) or more, and below 2^31")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top-p {self.top_p} must be above 0 and at most 1")
         if not 0 <= self.min_p <= 1:

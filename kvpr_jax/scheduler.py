@@ -18,13 +18,12 @@ import jax.numpy as jnp
 
 from kvpr_jax import memory
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.models.attention import Recompute
+from kvpr_jax.engines import WINDOW, Engine
+from kvpr_jax.models.attention import Recompute, fused
 from kvpr_jax.profiling.profile import Profile
 
-Engine = Literal["overlapped", "sequential"]
 OffloadMode = Literal["auto", "all", "none"]
 
-WINDOW = 3  # layers whose host segments may be on the device at once: in use, arriving, and issued
 BUCKETS = 16  # split points tried, about
 TAIL_BYTES = 16 * 2**20  # a flushed segment should be this large: smaller copies use under half of the link
 TAIL_TOKENS = (64, 256)  # and have between these many tokens
@@ -71,8 +70,14 @@ class Request:
         for name in ("tail_tokens", "prefill_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.device_cache_gib is not None and not 0 <= self.device_cache_gib < math.inf:
-            raise ValueError(f"device-cache-gib {self.device_cache_gib} must be 0 or more")
+        if self.device_cache_gib is not None:
+            if not 0 <= self.device_cache_gib < math.inf:
+                raise ValueError(f"device-cache-gib {self.device_cache_gib} must be 0 or more")
+            if self.offload != "auto" or self.split != "auto":
+                raise ValueError(
+                    f"device-cache-gib {self.device_cache_gib} goes with offload auto and split auto; "
+                    "the others say themselves what the device holds"
+                )
 
     def _parse_split(self) -> tuple[float, bool]:
         """The number, and whether it is a percentage."""
@@ -117,6 +122,7 @@ class Plan:
     """What the runtime carries out.
 
     Attributes:
+        batch: B.
         split: l, tokens of the prompt held as activations on the host.
         cached_tokens: S.
         resident_tokens: the prompt's last tokens that stay on the device, as keys and values.
@@ -132,6 +138,7 @@ class Plan:
         reason: why this split, in a sentence.
     """
 
+    batch: int
     split: int
     cached_tokens: int
     resident_tokens: int
@@ -241,9 +248,9 @@ def make_plan(
     itemsize = jnp.dtype(dtype).itemsize
     costs = Costs(config, itemsize, workload.batch, profile)
     recompute = _recompute(costs, workload, request)
-    sequences, queries = _prefill_chunk(config, itemsize, workload, request, free_device_bytes)
-    prefill_bytes = _prefill_bytes(config, itemsize, workload, sequences, queries)
-    usable = int(free_device_bytes * (1 - MARGIN)) - prefill_bytes
+    sequences, queries = _prefill_chunk(config, dtype, workload, request, free_device_bytes)
+    prefill_bytes = _prefill_bytes(config, dtype, workload, sequences, queries)
+    usable = int(free_device_bytes * (1 - MARGIN)) - max(prefill_bytes, _step_bytes(costs, workload))
     offloaded, resident, tail = _residency(costs, workload, request, usable)
     split, share, reason = _split(costs, workload, request, recompute, offloaded, resident)
 
@@ -255,6 +262,7 @@ def make_plan(
     tails = 2 if offloaded else 1  # while full ones leave for the host, empty ones are there
     on_device = (resident + tails * tail) * costs.host_bytes(0, 1) * config.num_layers
     plan = Plan(
+        batch=workload.batch,
         split=split,
         cached_tokens=workload.prompt_tokens,
         resident_tokens=resident,
@@ -266,7 +274,7 @@ def make_plan(
         prefill_sequences=sequences,
         prefill_queries=queries,
         host_bytes=config.num_layers * layer_bytes,
-        device_bytes=on_device + max(WINDOW * layer_bytes, prefill_bytes),
+        device_bytes=on_device + max(WINDOW * layer_bytes + _step_bytes(costs, workload), prefill_bytes),
         host_bytes_per_step=config.num_layers * costs.host_bytes(split, streamed),
         predicted_step_s=costs.step_s(split, streamed, resident, recompute, request.engine),
         reason=reason,
@@ -328,7 +336,7 @@ def check_memory(plan: Plan, free_device_bytes: int, free_host_bytes: int) -> No
         if needed > free:
             raise MemoryError(
                 f"not enough {place} memory: the plan needs {needed / memory.GIB:.2f} GiB and "
-                f"{free / memory.GIB:.2f} GiB are free; change {flags}"
+                f"{max(0, free) / memory.GIB:.2f} GiB are free beside the weights; change {flags}"
             )
 
 
@@ -346,22 +354,33 @@ def _tail_tokens(costs: Costs) -> int:
     return min(most, max(least, 2 ** math.ceil(math.log2(TAIL_BYTES / costs.host_bytes(1, 0)))))
 
 
-def _prefill_bytes(config: ModelConfig, itemsize: int, workload: Workload, sequences: int, queries: int) -> int:
-    """Device memory that a chunk of prefill takes: hidden states, three layers' segments and the widest temporaries."""
-    whole = 3 * config.hidden_size + 3 * (config.activation_width + config.kv_width)
-    passing = 4 * config.hidden_size + 3 * config.mlp_size
-    scores = 3 * config.num_heads * workload.prompt_tokens * 4
-    return sequences * (workload.prompt_tokens * whole * itemsize + queries * (passing * itemsize + scores))
+def _step_bytes(costs: Costs, workload: Workload) -> int:
+    """Device memory of a decode step beside the window: keys and values of one layer, formed or transposed; logits."""
+    return costs.host_bytes(0, workload.total_tokens) + 4 * workload.batch * costs.config.vocab_size * 4
+
+
+def _prefill_bytes(config: ModelConfig, dtype: jnp.dtype, workload: Workload, sequences: int, queries: int) -> int:
+    """Device memory of prefill: the batch's hidden states and three layers' segments, and one chunk's temporaries.
+
+    Scores are formed for a chunk's queries where no fused attention does without; then the mask alone is.
+    """
+    tokens, width = workload.prompt_tokens, config.activation_width + config.kv_width
+    batch = workload.batch * tokens * (config.hidden_size + WINDOW * width) * dtype.itemsize
+    whole = tokens * (2 * config.hidden_size + width) * dtype.itemsize
+    passing = (4 * config.hidden_size + 3 * config.mlp_size) * dtype.itemsize
+    scores = tokens * (1 + dtype.itemsize) if fused(dtype, config.head_dim) else 3 * config.num_heads * tokens * 4
+    return batch + sequences * (whole + queries * (passing + scores))
 
 
 def _prefill_chunk(
-    config: ModelConfig, itemsize: int, workload: Workload, request: Request, free_device_bytes: int
+    config: ModelConfig, dtype: jnp.dtype, workload: Workload, request: Request, free_device_bytes: int
 ) -> tuple[int, int]:
-    """Sequences of a chunk and tokens of each that pass a layer at a time, to take an eighth of the device at most."""
+    """Sequences of a chunk and tokens of each that pass a layer at a time: an eighth of the device's memory at most."""
     bound = request.prefill_tokens or PREFILL_TOKENS
     queries = min(workload.prompt_tokens, request.prefill_tokens or PREFILL_QUERIES)
     sequences = max(1, min(workload.batch, bound // workload.prompt_tokens))
-    while _prefill_bytes(config, itemsize, workload, sequences, queries) > free_device_bytes // 8:
+    held = _prefill_bytes(config, dtype, workload, 0, 0)
+    while _prefill_bytes(config, dtype, workload, sequences, queries) - held > free_device_bytes // 8:
         if sequences > 1:
             sequences = -(-sequences // 2)
         elif queries > PREFILL_QUERIES_LEAST:

@@ -1,17 +1,17 @@
 """Every compiled function. A function is traced anew for each combination of what its row names, and for nothing else.
 
     name              | static                  | donated | what retraces it (shapes count for all of them)
-    embed             | graphdef                |         | batch, tokens of the call, whether sequences are padded
-    prefill_layer     | graphdef, split,        | h       | sequences of the chunk, S, l, resident tokens, queries at a
+    embed             | definition              |         | batch, tokens of the call, whether sequences are padded
+    prefill_layer     | definition, split,      | h       | sequences of the chunk, S, l, resident tokens, queries at a
                       | resident, chunk         |         | time; not the layer, not the prompt
-    layer_step        | graphdef, recompute     | tail    | batch, the segments' forms and lengths, the tail's form;
+    layer_step        | definition, recompute   | tail    | batch, the segments' forms and lengths, the tail's form;
                       |                         |         | not the layer, not the token, not the position
-    logits            | graphdef                |         | batch
+    logits            | definition              |         | batch
     sample            |                         |         | batch; not temperature, top-k, top-p, min-p or seed
     concatenate       | axis                    |         | forms and shapes of the segments
 
-`graphdef` and `params` are an NNX module split once (`split_module`), the parameters as plain nested dictionaries:
-all layers share one graphdef, so they share one trace.
+`definition` and `params` are an NNX module split once (`split_module`), the parameters as plain nested dictionaries:
+all layers share one definition, so they share one trace.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from kvpr_jax import memory
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.sampling import Sampling, sample_tokens
 from kvpr_jax.segments import Activations, Place, Segment
@@ -30,10 +31,27 @@ from kvpr_jax.segments import Activations, Place, Segment
 Params = dict[str, Any]
 
 
-def split_module(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
-    """A module's static definition and its parameters."""
+class Definition:
+    """A module's graph definition, hashed once: JAX hashes static arguments at every call, and this one is large."""
+
+    def __init__(self, graphdef: nnx.GraphDef) -> None:
+        self.graphdef, self._hash = graphdef, hash(graphdef)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Definition) and self.graphdef == other.graphdef)
+
+    def module(self, params: Params) -> Any:
+        """The module with these parameters."""
+        return nnx.merge(self.graphdef, params)
+
+
+def split_module(module: nnx.Module) -> tuple[Definition, Params]:
+    """A module's static definition and its parameters, on the device."""
     graphdef, state = nnx.split(module)
-    return graphdef, nnx.to_pure_dict(state)
+    return Definition(graphdef), memory.placed(nnx.to_pure_dict(state))
 
 
 def _precision(array: Array) -> contextlib.AbstractContextManager[Any]:
@@ -43,16 +61,16 @@ def _precision(array: Array) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",))
-def embed(graphdef: nnx.GraphDef, params: Params, tokens: Int[Array, "B Q"], place: Place) -> Float[Array, "B Q D"]:
-    embedder = nnx.merge(graphdef, params)
+@functools.partial(jax.jit, static_argnames=("definition",))
+def embed(definition: Definition, params: Params, tokens: Int[Array, "B Q"], place: Place) -> Float[Array, "B Q D"]:
+    embedder = definition.module(params)
     with _precision(jax.tree.leaves(params)[0]):
         return embedder.encode(tokens, place)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "split", "resident", "chunk"), donate_argnames=("h",))
+@functools.partial(jax.jit, static_argnames=("definition", "split", "resident", "chunk"), donate_argnames=("h",))
 def prefill_layer(
-    graphdef: nnx.GraphDef,
+    definition: Definition,
     params: Params,
     h: Float[Array, "B Q D"],
     place: Place,
@@ -66,7 +84,7 @@ def prefill_layer(
     With 8 tokens, split 3 and resident 2, the host gets activations [0, 3) and keys and values [3, 6), and keys and
     values [6, 8) stay.
     """
-    layer = nnx.merge(graphdef, params)
+    layer = definition.module(params)
     with _precision(h):
         h, (activations, own) = layer(h, (), place, split=split, recompute="project", chunk=chunk)
     host: list[Segment] = [activations] if activations is not None else []
@@ -80,9 +98,9 @@ def prefill_layer(
     return h, tuple(host), tuple(stay)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "recompute"), donate_argnames=("tail",))
+@functools.partial(jax.jit, static_argnames=("definition", "recompute"), donate_argnames=("tail",))
 def layer_step(
-    graphdef: nnx.GraphDef,
+    definition: Definition,
     params: Params,
     h: Float[Array, "B 1 D"],
     segments: tuple[Segment, ...],
@@ -96,7 +114,7 @@ def layer_step(
     Segments of activations are turned back into attention here, while the copies of the next layer's segments, which
     the engine has issued already, cross the link.
     """
-    layer = nnx.merge(graphdef, params)
+    layer = definition.module(params)
     split = 1 if isinstance(tail, Activations) else 0
     with _precision(h):
         h, (activations, own) = layer(h, (*segments, tail), place, split=split, recompute=recompute, chunk=1)
@@ -113,11 +131,11 @@ def _write(tail: Segment, token: Segment) -> Segment:
     return jax.tree.map(put, tail, token)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",))
-def logits(graphdef: nnx.GraphDef, params: Params, h: Float[Array, "B Q D"]) -> Float[Array, "B V"]:
-    """float32 logits after the last token of each sequence (padding is on the left)."""
+@functools.partial(jax.jit, static_argnames=("definition",))
+def logits(definition: Definition, params: Params, h: Float[Array, "B Q D"]) -> Float[Array, "B V"]:
+    """Logits after the last token of each sequence (padding is on the left), in the weights' dtype, as float32."""
     with _precision(h):
-        return nnx.merge(graphdef, params).decode(h[:, -1:])[:, 0]
+        return definition.module(params).decode(h[:, -1:])[:, 0]
 
 
 @jax.jit

@@ -29,6 +29,7 @@ Recompute = Literal["project", "absorb"]
 Scores = Float[Array, "B K G Q _"]  # the last axis is a segment's T, different for each
 Share = Float[Array, "B K G Q d"]  # this order is what the products give; CPUs refuse some others in bfloat16
 
+TINY = 1e-30  # stands in for the mass of a segment of which nothing is seen
 MASKED = -1e30  # finite: a row with nothing to see stays a number, and exp(MASKED - max) is exactly 0 elsewhere
 
 
@@ -57,14 +58,19 @@ def attend(parts: list[tuple[Scores, Callable[[Scores], Share]]]) -> Share:
     return share / total[..., None]
 
 
+def fused(dtype: jnp.dtype, head_dim: int) -> bool:
+    """Whether a prompt's attention runs in cuDNN's fused kernel, which never forms the scores."""
+    if jax.default_backend() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16) or head_dim % 8 or head_dim > 128:
+        return False
+    return float(getattr(jax.local_devices()[0], "compute_capability", 0)) >= 8.0
+
+
 def causal_attention(
     queries: Float[Array, "B Q K G d"], own: KeysValues, place: Place, window: int | None
 ) -> Float[Array, "B Q K G d"]:
     """Fused attention of a prompt's tokens over the prompt: cuDNN's where the backend has it, XLA's elsewhere."""
     heads = queries.reshape(*queries.shape[:2], -1, queries.shape[-1])
     whole = place.start is None and window is None and queries.shape[1] == own.tokens
-    half = queries.dtype in (jnp.bfloat16, jnp.float16)
-    fused = jax.default_backend() == "gpu" and half and heads.shape[-1] % 8 == 0 and heads.shape[-1] <= 128
     out = jax.nn.dot_product_attention(
         heads,
         own.keys,
@@ -72,7 +78,7 @@ def causal_attention(
         mask=None if whole else visible(place.slots, own.slots, place.start, window)[:, None],
         is_causal=whole,
         scale=1.0,
-        implementation="cudnn" if fused else "xla",
+        implementation="cudnn" if fused(heads.dtype, heads.shape[-1]) else "xla",
     )
     return out.reshape(queries.shape)
 
@@ -204,12 +210,14 @@ class Attention(nnx.Module):
         kernel = self.v.kernel[...].reshape(-1, self.kv_heads, self.head_dim)
 
         def share(weights: Scores) -> Share:
+            # Over the segment's own mass, the mean of x fits its dtype: in float16 the plain sum might not.
+            mass = jnp.maximum(weights.sum(-1), TINY)[..., None]
             mean = jnp.einsum("BKGQT,BTD->BKGQD", weights.astype(x.dtype), x, preferred_element_type=jnp.float32)
-            out = jnp.einsum("BKGQD,DKd->BKGQd", mean.astype(x.dtype), kernel, preferred_element_type=jnp.float32)
-            if self.v.bias is None:
-                return out
-            bias = self.v.bias[...].reshape(1, self.kv_heads, 1, 1, self.head_dim).astype(jnp.float32)
-            return out + weights.sum(-1)[..., None] * bias
+            mean = (mean / mass).astype(x.dtype)
+            out = jnp.einsum("BKGQD,DKd->BKGQd", mean, kernel, preferred_element_type=jnp.float32)
+            if self.v.bias is not None:
+                out = out + self.v.bias[...].reshape(1, self.kv_heads, 1, 1, self.head_dim).astype(jnp.float32)
+            return out * mass
 
         return share
 

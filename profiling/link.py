@@ -18,7 +18,7 @@ def copy_times(to_device: bool) -> list[tuple[int, float]]:
         tokens = size // jnp.dtype(jnp.float32).itemsize
         here = Activations(jnp.ones((1, tokens, 1), jnp.float32), jnp.arange(tokens, dtype=jnp.int32))
         source = memory.to_host(here) if to_device else here
-        copy = memory.to_device if to_device else memory.to_host
+        copy = memory.fetched if to_device else memory.to_host
         seconds = median_s(lambda source=source, copy=copy: [copy(source).x for _ in range(IN_FLIGHT)])
         times.append((size, seconds / IN_FLIGHT))
     return times

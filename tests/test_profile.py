@@ -105,5 +105,7 @@ def test_a_control_group_limits_host_memory(monkeypatch, tmp_path):
     real = memory.Path
     monkeypatch.setattr(memory, "Path", lambda p: tmp_path if p == "/sys/fs/cgroup" else real(p))
     assert memory.free_host_bytes() == 2_000_000_000
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 400000000\nactive_file 5\n")
+    assert memory.free_host_bytes() == 2_400_000_000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.free_host_bytes() > 2_000_000_000

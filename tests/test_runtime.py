@@ -1,6 +1,8 @@
 """Engines, cache and prefill: every way to hold the cache gives the same logits, within the memory it promises."""
 
 import collections
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from helpers import CONFIGS, GQA, LLAMA, OPT, assert_close, greedy, random_model, random_prompts
-from kvpr_jax import memory, runtime, scheduler, steps
+from kvpr_jax import engines, memory, runtime, steps
 from kvpr_jax.models import llama, opt
 from kvpr_jax.runtime import Decoder
 from kvpr_jax.scheduler import Request
@@ -72,11 +74,58 @@ def test_host_segments_are_in_pinned_host_memory_and_counted():
         assert activations.x.shape == (2, 4, 44) and activations.x.sharding.memory_kind == "pinned_host"
         assert keys_values.keys.shape == (2, 6, 4, 11) and keys_values.values.sharding.memory_kind == "pinned_host"
     expected = 3 * 2 * (4 * 44 + 6 * 2 * 44) * 4
-    assert cache.bytes_per_step() == plan.host_bytes_per_step == expected
+    assert cache.bytes_per_step == plan.host_bytes_per_step == expected
     assert cache.fetched_bytes == 2 * expected  # the first of three tokens comes from prefill
 
 
-@pytest.mark.parametrize("engine, most", [("overlapped", scheduler.WINDOW), ("sequential", 1)])
+@pytest.mark.parametrize("flush_every", [1, 2, 100])
+def test_the_window_holds_over_the_ends_of_steps(flush_every):
+    """With copies that are never done until somebody waits for a layer behind them."""
+    layers, held, most = 5, [], 0
+
+    class Output:
+        def __init__(self, segments):
+            self.segments = segments
+
+        def block_until_ready(self):  # a layer that is done frees its segments, and those of the layers before it
+            while held and held[0] <= self.segments:
+                held.pop(0)
+
+    issued = 0
+
+    def fetch(layer):
+        nonlocal issued, most
+        assert issued % layers == layer
+        issued += 1
+        held.append(issued)
+        most = max(most, len(held))
+        return issued
+
+    engine = engines.Overlapped()
+    step_unchecked = engines.Overlapped.step.__wrapped__  # without the check that hidden states are arrays
+    for step in range(6):
+        more = (step + 1) % flush_every != 0
+        step_unchecked(engine, layers, fetch, lambda layer, h, segments: Output(segments), None, more)
+    assert issued == layers * 6 + (flush_every == 100)
+    assert most == engines.WINDOW
+
+
+def test_a_cache_that_is_dropped_is_freed_at_once():
+    """Gigabytes of pinned memory cannot wait for the garbage collector."""
+    decoder = Decoder(random_model(OPT))
+    prompts = random_prompts((17, 17), OPT.vocab_size)
+    cache, logits = decoder.prefill(prompts, decoder.plan(prompts, 4, Request(split="17")))
+    decoder.step(cache, logits.argmax(-1).astype(jnp.int32))
+    gc.disable()
+    try:
+        alive = weakref.ref(cache)
+        del cache
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("engine, most", [("overlapped", engines.WINDOW), ("sequential", 1)])
 def test_engine_holds_no_more_than_its_window_on_the_device(engine, most, monkeypatch):
     """Counts live device arrays of the shape of a host segment at every compute of a step."""
     layers = 7
@@ -121,7 +170,7 @@ def test_prefill_keeps_no_more_than_its_window_on_the_device(monkeypatch):
     monkeypatch.setattr(steps, "prefill_layer", counting)
     monkeypatch.setattr(runtime.jax, "block_until_ready", finishing)
     decoder.prefill(prompts, plan)
-    assert len(waiting) == layers and max(waiting) == scheduler.WINDOW - 1
+    assert len(waiting) == layers and max(waiting) == engines.WINDOW - 1
 
 
 @pytest.mark.parametrize("config, module", [(OPT, opt), (LLAMA, llama)], ids=["opt", "llama"])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import transformers
 
@@ -124,7 +125,10 @@ def encode(tokenizer: Tokenizer, prompts: Sequence[str], chat: bool = False) -> 
         if not chat:
             return tokenizer(prompt)["input_ids"]
         turn = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False)
+        try:
+            return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses the prompt: {error}") from error
 
     return [list(tokens(prompt)) for prompt in prompts]
 
@@ -140,7 +144,7 @@ def token_steps(
 ) -> Iterator[tuple[np.ndarray, Cache]]:
     """Prefill, then yield the (B,) next tokens of each step together with the cache.
 
-    The step that feeds token n is dispatched before token n is handed out, so the device works while the caller reads.
+    While the caller reads, the first layer's copies for the next step are under way already.
     """
     sampling.check()
     keys = prompt_keys(seed, prompts)
@@ -148,11 +152,7 @@ def token_steps(
     tokens = steps.sample(logits, keys, 0, sampling)
     yield np.asarray(tokens), cache
     for index in range(1, max_new_tokens):
-        following = steps.sample(decoder.step(cache, tokens), keys, index, sampling)
-        if index > 1:
-            yield np.asarray(tokens), cache
-        tokens = following
-    if max_new_tokens > 1:
+        tokens = steps.sample(decoder.step(cache, tokens), keys, index, sampling)
         yield np.asarray(tokens), cache
 
 

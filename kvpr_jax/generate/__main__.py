@@ -11,16 +11,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no notes on torch, which is not needed here
-
+import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from kvpr_jax import checkpoint, memory
+from kvpr_jax.engines import Engine
 from kvpr_jax.generate import Output, Stream, Until, encode
-from kvpr_jax.runtime import Decoder, workload_of
+from kvpr_jax.runtime import Decoder, plan_for, workload_of
 from kvpr_jax.sampling import Sampling
-from kvpr_jax.scheduler import Engine, OffloadMode, Plan, Request
+from kvpr_jax.scheduler import OffloadMode, Plan, Request
 
 DEFAULT_PROMPT = "The with statement is used to"
 DEMONSTRATION = ["--offload", "all", "--split", "50%", "--temperature", "0.7", "--max-new-tokens", "200"]
@@ -93,12 +94,12 @@ def read_prompts(path: str) -> list[str]:
         ValueError: the file cannot be read, or a JSON line is not an object with a string "prompt"; names the line.
     """
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts {path!r} cannot be read: {error}") from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not path.endswith(".jsonl") and not (lines and lines[0][1].lstrip().startswith("{")):
-        return [line for _, line in lines]
+        return [line.removesuffix("\r") for _, line in lines]
     prompts = []
     for number, line in lines:
         try:
@@ -199,23 +200,23 @@ def execute(arguments: argparse.Namespace) -> int:
     report = Reporter(arguments.quiet)
     with failing_with(FAILURE):
         directory = checkpoint.find(arguments.model)
-        config, _ = checkpoint.read_config(directory)
+        config, hf = checkpoint.read_config(directory)
         tokenizer = checkpoint.load_tokenizer(directory)
+    dtype = jnp.dtype(arguments.dtype or checkpoint.default_dtype(hf))
     if not arguments.ignore_eos:
         until = dataclasses.replace(until, eos_token_ids=frozenset(config.eos_token_ids))
-    with failing_with(USAGE):
+    with failing_with(USAGE), report.console.status("Planning (the first time for a model and batch, by measuring)"):
         ids = encode(tokenizer, prompts, arguments.chat)
-        workload_of(ids, until.max_new_tokens, config)
-    with failing_with(FAILURE), report.bar("Loading the model") as progress:
-        decoder = Decoder(checkpoint.load_model(directory, arguments.dtype, progress))
-    with failing_with(USAGE):
-        plan = decoder.plan(ids, until.max_new_tokens, request)
+        workload = workload_of(ids, until.max_new_tokens, config)
+        plan = plan_for(config, dtype, workload, request, checkpoint.weights_bytes(config, dtype))
     result = {"model": arguments.model, "plan": dataclasses.asdict(plan)}
     if arguments.plan:
         print(json.dumps(result) if arguments.json else describe(plan))
         return 0
     report.note(describe(plan))
 
+    with failing_with(FAILURE), report.bar("Loading the model") as progress:
+        decoder = Decoder(checkpoint.load_model(directory, dtype.name, progress))
     with report.bar("Reading the prompt") as progress:
         stream = Stream(decoder, tokenizer, prompts, ids, plan, until, sampling, arguments.seed, progress)
         pieces = iter(stream)
@@ -254,6 +255,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return failure.code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except jax.errors.JaxRuntimeError as error:  # out of memory beyond what the plan foresaw, a lost device
+        if arguments.debug:
+            raise
+        print(f"kvpr_jax.generate: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return FAILURE
     except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
