@@ -26,6 +26,7 @@ from kvpr_jax.models import Model, architecture
 BUNDLED = Path(__file__).parent / "models" / "tiny"
 DTYPES = ("float32", "bfloat16", "float16")
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")  # old Llama checkpoints store this constant
 
 Progress = Callable[[int, int], None]
@@ -38,7 +39,7 @@ def find(model: str | Path) -> Path:
         ValueError: there is no such directory and the hub has, or gives, no such model.
     """
     path = Path(model)
-    if path.is_dir():
+    if str(model) and path.is_dir():
         return path
     if path.exists():
         raise ValueError(f"model {str(model)!r} is a file; give the directory that holds config.json")
@@ -48,7 +49,7 @@ def find(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=PATTERNS, ignore_patterns=["*/*", "consolidated*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"model {str(model)!r}: no such directory, and the hub did not give it: {_first_line(error)}"
+            f"model {str(model)!r}: no such directory, and the hub did not give it: {_one_line(error)}"
         ) from error
 
 
@@ -70,12 +71,14 @@ def read_config(directory: Path) -> tuple[ModelConfig, Any]:
     module = architecture(str(fields["model_type"]))
     try:
         hf = transformers.AutoConfig.from_pretrained(directory)
-        if (directory / "generation_config.json").is_file():
+        path = directory / "generation_config.json"
+        if path.is_file():
             generation = transformers.GenerationConfig.from_pretrained(directory)
             hf.eos_token_id = generation.eos_token_id if generation.eos_token_id is not None else hf.eos_token_id
+        path = directory / "config.json"
         return module.Config.from_hf(hf), hf
     except Exception as error:  # transformers' own checks raise errors of many kinds
-        raise ValueError(f"{path}: {_first_line(error)}") from error
+        raise ValueError(f"{path}: {_one_line(error)}") from error
 
 
 def load_tokenizer(directory: Path) -> transformers.PreTrainedTokenizerBase:
@@ -85,13 +88,15 @@ def load_tokenizer(directory: Path) -> transformers.PreTrainedTokenizerBase:
         ValueError: there is none, or it is damaged.
     """
     try:
+        if not any((directory / name).is_file() for name in TOKENIZER_FILES):  # transformers would make an empty one
+            raise ValueError(f"none of {', '.join(TOKENIZER_FILES)} is there")
         return transformers.AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise ValueError(f"model {str(directory)!r}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"model {str(directory)!r}: the tokenizer cannot be loaded: {_one_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def default_dtype(hf: Any) -> str:
@@ -140,6 +145,8 @@ def load_model(directory: Path, dtype: str | None = None, progress: Progress | N
             if name in seen:
                 raise ValueError(f"{path}: tensor {stored!r} appears twice")
             seen.add(name)
+            if not jnp.issubdtype(tensor.dtype, jnp.floating):
+                raise ValueError(f"{path}: tensor {stored!r} holds {tensor.dtype} numbers, not floating-point ones")
             target, transposed = names[name]
             tensor = tensor.T if transposed else tensor
             if tensor.shape != wanted[target].shape:
@@ -181,13 +188,13 @@ def _shards(directory: Path) -> list[Path]:
             "save_pretrained writes them from other formats"
         )
     try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = {name: directory / name for name in json.loads(index.read_text())["weight_map"].values()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{index}: not a readable index of shards") from error
-    for shard in shards:
-        if not (directory / shard).is_file():
-            raise ValueError(f"{index} names {shard!r}, which is not there")
-    return [directory / shard for shard in shards]
+    for name, path in shards.items():
+        if not path.is_file():
+            raise ValueError(f"{index} names {name!r}, which is not there")
+    return sorted(shards.values())
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:

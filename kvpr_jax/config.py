@@ -75,6 +75,13 @@ class ModelConfig:
         return self.activation_width < self.kv_width
 
 
+def width_of_heads(hidden_size: int, heads: int) -> int:
+    """d where a config does not give it: D / H."""
+    if heads < 1 or hidden_size % heads:
+        raise ValueError(f"config: hidden_size {hidden_size} cannot be shared by {heads} attention heads evenly")
+    return hidden_size // heads
+
+
 def token_ids(eos: int | list[int] | None) -> tuple[int, ...]:
     """`eos_token_id` of a Hugging Face config, which may be one token, several or none."""
     return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)

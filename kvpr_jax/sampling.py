@@ -22,10 +22,10 @@ class Sampling:
         min_p: only tokens at least this fraction as likely as the most likely one; 0 is no limit.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature: float | Float[Array, ""] = 0.0
+    top_k: int | Int[Array, ""] = 0
+    top_p: float | Float[Array, ""] = 1.0
+    min_p: float | Float[Array, ""] = 0.0
 
     def check(self) -> None:
         """Raises ValueError for a value out of range, naming it."""

@@ -71,19 +71,19 @@ class Request:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if self.device_cache_gib is not None:
-            if not 0 <= self.device_cache_gib < math.inf:
-                raise ValueError(f"device-cache-gib {self.device_cache_gib} must be 0 or more")
+            if not 0 <= self.device_cache_gib < 1e9:
+                raise ValueError(f"device-cache-gib {self.device_cache_gib} must be 0 or more, and below 1e9")
             if self.offload != "auto" or self.split != "auto":
                 raise ValueError(
                     f"device-cache-gib {self.device_cache_gib} goes with offload auto and split auto; "
                     "the others say themselves what the device holds"
                 )
 
-    def _parse_split(self) -> tuple[float, bool]:
+    def _parse_split(self) -> tuple[float | int, bool]:
         """The number, and whether it is a percentage."""
         text, percent = self.split.strip().removesuffix("%"), self.split.strip().endswith("%")
         try:
-            number = float(text) if percent else float(int(text))
+            number = float(text) if percent else int(text)
         except ValueError:
             raise ValueError(f"split {self.split!r} must be auto, a number of tokens or a percentage") from None
         if percent and not 0 <= number <= 100:

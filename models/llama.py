@@ -11,7 +11,7 @@ import transformers
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kvpr_jax.config import ModelConfig, token_ids
+from kvpr_jax.config import ModelConfig, token_ids, width_of_heads
 from kvpr_jax.models.attention import Attention, Recompute, kept
 from kvpr_jax.models.layers import Rope, activation, in_chunks
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
@@ -38,7 +38,7 @@ class Config(ModelConfig):
 
     @classmethod
     def from_hf(cls, hf: transformers.PretrainedConfig) -> "Config":
-        head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+        head_dim = getattr(hf, "head_dim", None) or width_of_heads(hf.hidden_size, hf.num_attention_heads)
         return cls(
             model_type=hf.model_type,
             vocab_size=hf.vocab_size,

@@ -10,7 +10,7 @@ import transformers
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kvpr_jax.config import ModelConfig, token_ids
+from kvpr_jax.config import ModelConfig, token_ids, width_of_heads
 from kvpr_jax.models.attention import Attention, Recompute, kept
 from kvpr_jax.models.layers import activation, in_chunks
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
@@ -41,10 +41,6 @@ class Config(ModelConfig):
 
     @classmethod
     def from_hf(cls, hf: transformers.PretrainedConfig) -> "Config":
-        if hf.hidden_size % hf.num_attention_heads:
-            raise ValueError(
-                f"config: hidden_size {hf.hidden_size} is not a multiple of {hf.num_attention_heads} heads"
-            )
         return cls(
             model_type="opt",
             vocab_size=hf.vocab_size,
@@ -52,7 +48,7 @@ class Config(ModelConfig):
             hidden_size=hf.hidden_size,
             num_heads=hf.num_attention_heads,
             num_kv_heads=hf.num_attention_heads,
-            head_dim=hf.hidden_size // hf.num_attention_heads,
+            head_dim=width_of_heads(hf.hidden_size, hf.num_attention_heads),
             mlp_size=hf.ffn_dim,
             max_positions=hf.max_position_embeddings,
             tie_embeddings=hf.tie_word_embeddings,

@@ -131,7 +131,10 @@ def test_requests_that_cannot_be_met_are_named(make, message):
 
 def test_too_little_host_memory_names_both_figures_and_the_flags():
     workload = Workload(32, 1024, 64)
-    with pytest.raises(MemoryError, match=r"host memory: the plan needs \d+\.\d+ GiB and 3\.00 GiB are free beside the weights; .*--split"):
+    with pytest.raises(
+        MemoryError,
+        match=r"host memory: the plan needs \d+\.\d+ GiB and 3\.00 GiB are free beside the weights; .*--split",
+    ):
         plan_for(OPT_6_7B, workload, Request(offload="all"), device=64 * GIB, host=3 * GIB)
 
 

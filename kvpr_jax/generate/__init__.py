@@ -118,12 +118,14 @@ def encode(tokenizer: Tokenizer, prompts: Sequence[str], chat: bool = False) -> 
     for index, prompt in enumerate(prompts, start=1):
         if not prompt:
             raise ValueError(f"prompt {index} of {len(prompts)} is empty: give at least one character")
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ValueError(f"prompt {index} of {len(prompts)} is not valid Unicode: {prompt[:60]!r}")
     if chat and not tokenizer.chat_template:
         raise ValueError("this model's tokenizer has no chat template; leave chat out")
 
     def tokens(prompt: str) -> Any:
         if not chat:
-            return tokenizer(prompt)["input_ids"]
+            return tokenizer(prompt, verbose=False)["input_ids"]  # its warning of long prompts is our error
         turn = [{"role": "user", "content": prompt}]
         try:
             return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False)
@@ -276,7 +278,7 @@ def stream(
     prompts: str | Sequence[str],
     *,
     max_new_tokens: int = 256,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     ignore_eos: bool = False,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -303,7 +305,8 @@ def stream(
     """
     sampling = Sampling(temperature, top_k, top_p, min_p)
     sampling.check()
-    until = Until(max_new_tokens, tuple(stop), frozenset() if ignore_eos else frozenset(model.config.eos_token_ids))
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    until = Until(max_new_tokens, stops, frozenset() if ignore_eos else frozenset(model.config.eos_token_ids))
     request = Request(**placement)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     ids = encode(tokenizer, texts, chat)

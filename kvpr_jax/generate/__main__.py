@@ -94,10 +94,13 @@ def read_prompts(path: str) -> list[str]:
         ValueError: the file cannot be read, or a JSON line is not an object with a string "prompt"; names the line.
     """
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, AttributeError) as error:  # no attributes: stdin is closed
         raise ValueError(f"prompts {path!r} cannot be read: {error}") from error
+    text = text.removeprefix("\ufeff")  # the mark with which Windows' editors begin a file
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise ValueError(f"prompts {path!r} holds no prompts: give at least one")
     if not path.endswith(".jsonl") and not (lines and lines[0][1].lstrip().startswith("{")):
         return [line.removesuffix("\r") for _, line in lines]
     prompts = []
@@ -174,8 +177,9 @@ class Printer:
         """Print what is new, up to the first unfinished text, or of all texts."""
         while True:
             output = self.outputs[self.current]
-            print(output.text[self.written :], end="", flush=True)
+            print(output.text[self.written :], end="")
             self.written = len(output.text)
+            sys.stdout.flush()  # after the count: an interrupt while the reader is slow repeats nothing
             if self.current + 1 == len(self.outputs) or not (output.finish_reason or to_the_end):
                 break
             print()
@@ -194,9 +198,8 @@ def execute(arguments: argparse.Namespace) -> int:
         request = Request(
             arguments.split, arguments.recompute, arguments.engine, arguments.offload, arguments.device_cache_gib
         )
-        prompts = arguments.prompt + (read_prompts(arguments.prompts) if arguments.prompts else [])
-        if not arguments.prompt and not arguments.prompts:
-            prompts = [DEFAULT_PROMPT]
+        prompts = arguments.prompt + (read_prompts(arguments.prompts) if arguments.prompts is not None else [])
+        prompts = prompts or [DEFAULT_PROMPT]
     report = Reporter(arguments.quiet)
     with failing_with(FAILURE):
         directory = checkpoint.find(arguments.model)
@@ -213,10 +216,9 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         print(json.dumps(result) if arguments.json else describe(plan))
         return 0
-    report.note(describe(plan))
-
     with failing_with(FAILURE), report.bar("Loading the model") as progress:
         decoder = Decoder(checkpoint.load_model(directory, dtype.name, progress))
+    report.note(describe(plan))
     with report.bar("Reading the prompt") as progress:
         stream = Stream(decoder, tokenizer, prompts, ids, plan, until, sampling, arguments.seed, progress)
         pieces = iter(stream)
@@ -247,7 +249,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not argv:
             Reporter(quiet=False).note(f"no arguments: running with {shlex.join(DEMONSTRATION)}; --help lists them all")
-        return execute(arguments)
+        code = execute(arguments)
+        sys.stdout.flush()
+        return code
     except Failure as failure:
         if arguments.debug:
             raise
