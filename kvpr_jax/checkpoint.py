@@ -141,7 +141,7 @@ def load_model(directory: Path, dtype: str | None = None, progress: Progress | N
             if NOT_WEIGHTS.search(name) or (name == "lm_head.weight" and config.tie_embeddings):
                 continue
             if name not in names:
-                raise ValueError(f"{path}: tensor {stored!r} is not part of a {config.model_type} model")
+                raise ValueError(f"{path}: tensor {stored!r} does not belong to model_type {config.model_type!r}")
             if name in seen:
                 raise ValueError(f"{path}: tensor {stored!r} appears twice")
             seen.add(name)

@@ -23,8 +23,8 @@ from kvpr_jax.runtime import Decoder, plan_for, workload_of
 from kvpr_jax.sampling import Sampling
 from kvpr_jax.scheduler import OffloadMode, Plan, Request
 
-DEFAULT_PROMPT = "The with statement is used to"
-DEMONSTRATION = ["--offload", "all", "--split", "50%", "--temperature", "0.7", "--max-new-tokens", "200"]
+DEFAULT_PROMPT = "Open the file"
+DEMONSTRATION = shlex.split("--offload all --split 50% --temperature 0.6 --top-p 0.9 --max-new-tokens 200")
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
 
@@ -265,6 +265,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kvpr_jax.generate: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return FAILURE
     except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except OSError as error:  # a full disk behind stdout, say
+        print(f"kvpr_jax.generate: error: the output cannot be written: {error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
 
