@@ -56,7 +56,8 @@ def allowed(logits: Float[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V
     kept = (sampling.top_k == 0) | (rank < sampling.top_k)
     probability = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    kept = kept & ((before < sampling.top_p) | (rank == 0))
+    no_limit = sampling.top_p >= 1  # asked apart: the float32 sum reaches 1 before the last tokens
+    kept = kept & ((before < sampling.top_p) | no_limit | (rank == 0))
     kept = kept & (probability >= sampling.min_p * probability[:, :1])
     least = jnp.where(kept, ranked, jnp.inf).min(-1, keepdims=True)
     return logits >= least

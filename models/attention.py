@@ -71,16 +71,18 @@ def causal_attention(
     """Fused attention of a prompt's tokens over the prompt: cuDNN's where the backend has it, XLA's elsewhere."""
     heads = queries.reshape(*queries.shape[:2], -1, queries.shape[-1])
     whole = place.start is None and window is None and queries.shape[1] == own.tokens
+    # CPUs have no float16 products that sum in float32.
+    dtype = jnp.float32 if jax.default_backend() == "cpu" and heads.dtype == jnp.float16 else heads.dtype
     out = jax.nn.dot_product_attention(
-        heads,
-        own.keys,
-        own.values,
+        heads.astype(dtype),
+        own.keys.astype(dtype),
+        own.values.astype(dtype),
         mask=None if whole else visible(place.slots, own.slots, place.start, window)[:, None],
         is_causal=whole,
         scale=1.0,
         implementation="cudnn" if fused(heads.dtype, heads.shape[-1]) else "xla",
     )
-    return out.reshape(queries.shape)
+    return out.reshape(queries.shape).astype(queries.dtype)
 
 
 class Attention(nnx.Module):

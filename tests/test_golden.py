@@ -100,7 +100,7 @@ def forced_logits(decoder: Decoder, golden: Golden, request: Request) -> np.ndar
 
 
 @pytest.mark.parametrize("name", ["opt", "opt-350m", "llama"])
-@pytest.mark.parametrize("dtype", ["bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_narrow_type_errs_no_more_than_with_keys_and_values_alone(name, dtype):
     golden = read(name)
     decoder = Decoder(checkpoint.load_model(golden.directory, dtype))
