@@ -7,8 +7,10 @@ import kvpr_jax
 
 model, tokenizer = kvpr_jax.load()  # or a directory, or a hub id such as "facebook/opt-1.3b"
 
-prompts = ["The with statement is used to", "Return a list of"]
-stream = kvpr_jax.stream(model, tokenizer, prompts, max_new_tokens=60, offload="all", split="50%")
+prompts = ["Open the file", "Return True if"]
+stream = kvpr_jax.stream(
+    model, tokenizer, prompts, max_new_tokens=60, temperature=0.6, top_p=0.9, offload="all", split="50%"
+)
 for piece in stream:
     if piece.index == 0:  # show the first as it is made
         print(piece.text, end="", flush=True)
