@@ -33,7 +33,6 @@ class Cache:
         plan: what is held where, and how it is used.
         layers: for each layer, its segments before the tail.
         start: (B,) first slot of each sequence that is not padding, or None.
-        batch: B.
         length: slots filled, the same for every sequence; the next token stands at this slot.
         tails: for each layer, its tail of `plan.tail_tokens` slots.
         engine: carries out its decode steps.
@@ -46,7 +45,6 @@ class Cache:
     plan: Plan
     layers: list[tuple[Segment, ...]]
     start: Int[Array, " B"] | None
-    batch: int
     length: int
     tails: list[Segment] = dataclasses.field(init=False)
     engine: Sequential | Overlapped = dataclasses.field(init=False)
@@ -97,12 +95,12 @@ def _tail_slots(cache: Cache) -> Int[Array, " T"]:
 
 
 def _empty_activations(cache: Cache) -> Activations:
-    shape = (cache.batch, cache.plan.tail_tokens, cache.config.hidden_size)
+    shape = (cache.plan.batch, cache.plan.tail_tokens, cache.config.hidden_size)
     return Activations(jnp.zeros(shape, cache.dtype), _tail_slots(cache))
 
 
 def _empty_keys_values(cache: Cache) -> KeysValues:
-    shape = (cache.batch, cache.plan.tail_tokens, cache.config.num_kv_heads, cache.config.head_dim)
+    shape = (cache.plan.batch, cache.plan.tail_tokens, cache.config.num_kv_heads, cache.config.head_dim)
     return KeysValues(jnp.zeros(shape, cache.dtype), jnp.zeros(shape, cache.dtype), _tail_slots(cache))
 
 

@@ -95,7 +95,7 @@ class Decoder:
             if progress is not None:
                 progress(len(layers), self.config.num_layers)
         logits = [steps.logits(*self.embedder, h) for _, h in chunks]
-        cache = Cache(self.config, self.dtype, plan, layers, start, plan.batch, plan.cached_tokens)
+        cache = Cache(self.config, self.dtype, plan, layers, start, plan.cached_tokens)
         return cache, jnp.concatenate(logits)
 
     def step(self, cache: Cache, tokens: Int[Array, " B"]) -> Float[Array, "B V"]:
@@ -104,8 +104,9 @@ class Decoder:
         Raises:
             ValueError: the model has no position left, or the tokens are not one a sequence.
         """
-        if tokens.shape != (cache.batch,):
-            raise ValueError(f"tokens have shape {tokens.shape}; one for each of the {cache.batch} sequences is needed")
+        batch = cache.plan.batch
+        if tokens.shape != (batch,):
+            raise ValueError(f"tokens have shape {tokens.shape}; one for each of the {batch} sequences is needed")
         if cache.length >= self.config.max_positions:
             raise ValueError(f"the cache holds {cache.length} tokens, all the positions that the model has")
         if cache.full:

@@ -101,7 +101,7 @@ def read_prompts(path: str) -> list[str]:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise ValueError(f"prompts {path!r} holds no prompts: give at least one")
-    if not path.endswith(".jsonl") and not (lines and lines[0][1].lstrip().startswith("{")):
+    if not path.endswith(".jsonl") and not lines[0][1].lstrip().startswith("{"):
         return [line.removesuffix("\r") for _, line in lines]
     prompts = []
     for number, line in lines:
@@ -252,23 +252,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = execute(arguments)
         sys.stdout.flush()
         return code
-    except Failure as failure:
-        if arguments.debug:
-            raise
-        print(f"kvpr_jax.generate: error: {failure}", file=sys.stderr)
-        return failure.code
     except KeyboardInterrupt:
         return INTERRUPTED
-    except jax.errors.JaxRuntimeError as error:  # out of memory beyond what the plan foresaw, a lost device
+    except (Failure, jax.errors.JaxRuntimeError) as error:  # JAX's: memory beyond what was planned, a lost device
         if arguments.debug:
             raise
         print(f"kvpr_jax.generate: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return FAILURE
-    except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
-    except OSError as error:  # a full disk behind stdout, say
-        print(f"kvpr_jax.generate: error: the output cannot be written: {error}", file=sys.stderr)
+        return error.code if isinstance(error, Failure) else FAILURE
+    except OSError as error:  # stdout: a full disk, or a reader that has gone, as in `… | head`, which is no error
+        if not isinstance(error, BrokenPipeError):
+            print(f"kvpr_jax.generate: error: the output cannot be written: {error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
 
