@@ -27,7 +27,8 @@ BUNDLED = Path(__file__).parent / "models" / "tiny"
 DTYPES = ("float32", "bfloat16", "float16")
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")  # old Llama checkpoints store this constant
+# Constants that old checkpoints store: frequencies of rotary embeddings, causal masks.
+NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 
 Progress = Callable[[int, int], None]
 
@@ -126,19 +127,21 @@ def load_model(directory: Path, dtype: str | None = None, progress: Progress | N
     dtype = dtype or default_dtype(hf)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not known; known: {', '.join(DTYPES)}")
-    names = architecture(config.model_type).checkpoint_names(config)
+    module = architecture(config.model_type)
+    names = module.checkpoint_names(config)
     abstract = nnx.eval_shape(lambda: Model(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     wanted = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
-    assert set(wanted) == {path for path, _ in names.values()}, "checkpoint_names does not cover the module"
+    covered = [path for entry in names.values() for path in entry.paths]
+    assert sorted(wanted) == sorted(covered), "checkpoint_names does not cover the module"
 
     files = _shards(directory)
     total, done, seen = sum(path.stat().st_size for path in files), 0, set()
     for path in files:
         for stored, tensor in _tensors(path):
             done += tensor.nbytes
-            name = stored.removeprefix("model.")
-            if NOT_WEIGHTS.search(name) or (name == "lm_head.weight" and config.tie_embeddings):
+            name = stored if stored in names else module.BASE + stored  # saved as the base model, without its head
+            if NOT_WEIGHTS.search(name):
                 continue
             if name not in names:
                 raise ValueError(f"{path}: tensor {stored!r} does not belong to model_type {config.model_type!r}")
@@ -147,18 +150,19 @@ def load_model(directory: Path, dtype: str | None = None, progress: Progress | N
             seen.add(name)
             if not jnp.issubdtype(tensor.dtype, jnp.floating):
                 raise ValueError(f"{path}: tensor {stored!r} holds {tensor.dtype} numbers, not floating-point ones")
-            target, transposed = names[name]
-            tensor = tensor.T if transposed else tensor
-            if tensor.shape != wanted[target].shape:
-                shape = wanted[target].shape[::-1] if transposed else wanted[target].shape
+            entry = names[name]
+            if not entry.paths:
+                continue
+            shape = entry.shape([wanted[target].shape for target in entry.paths])
+            if tensor.shape != shape:
                 raise ValueError(
-                    f"{path}: tensor {stored!r} has shape {list(tensor.T.shape if transposed else tensor.shape)}; "
-                    f"config.json asks for {list(shape)}"
+                    f"{path}: tensor {stored!r} has shape {list(tensor.shape)}; config.json asks for {list(shape)}"
                 )
-            wanted[target].set_value(jnp.asarray(tensor, dtype=dtype))
+            for target, parameter in zip(entry.paths, entry.unpack(tensor), strict=True):
+                wanted[target].set_value(jnp.asarray(parameter, dtype=dtype))
             if progress is not None:
                 progress(min(done, total), total)
-    missing = sorted(set(names) - seen)
+    missing = sorted(name for name, entry in names.items() if entry.paths and name not in seen)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{directory}: tensor {missing[0]!r}{more} is missing from the checkpoint")
@@ -169,11 +173,12 @@ def save_weights(model: Model, path: Path, dtype: str) -> None:
     """Write the model's weights as safetensors that `load_model` and transformers read."""
     _, state = nnx.split(model)
     leaves = {"/".join(map(str, p)): leaf.get_value() for p, leaf in nnx.to_flat_state(state)}
-    tensors = {}
-    for name, (target, transposed) in architecture(model.config.model_type).checkpoint_names(model.config).items():
-        array = np.asarray(leaves[target].astype(dtype))
-        stored = name if name == "lm_head.weight" else f"model.{name}"
-        tensors[stored] = np.ascontiguousarray(array.T if transposed else array)
+    names = architecture(model.config.model_type).checkpoint_names(model.config)
+    tensors = {
+        name: entry.pack([np.asarray(leaves[target].astype(dtype)) for target in entry.paths])
+        for name, entry in names.items()
+        if entry.paths
+    }
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
 
 

@@ -9,6 +9,9 @@ One legend of axis letters, used in types, einsums, comments and documentation:
 """
 
 import dataclasses
+from typing import Any
+
+import transformers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,8 @@ class ModelConfig:
         num_kv_heads: K; K < H is grouped-query attention.
         head_dim: d.
         mlp_size: F.
+        activation: the MLP's non-linearity, by its name in config.json.
+        norm_epsilon: of every norm.
         max_positions: the longest sequence, prompt and new tokens together.
         tie_embeddings: whether the output head is the token embedding.
         eos_token_ids: tokens that end a sequence.
@@ -37,6 +42,8 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     mlp_size: int
+    activation: str
+    norm_epsilon: float
     max_positions: int
     tie_embeddings: bool
     eos_token_ids: tuple[int, ...]
@@ -73,6 +80,26 @@ class ModelConfig:
     def activations_are_smaller(self) -> bool:
         """Whether holding activations saves anything: D < 2·K·d (equation 7 of the paper has D = K·d)."""
         return self.activation_width < self.kv_width
+
+
+def common_fields(hf: transformers.PretrainedConfig) -> dict[str, Any]:
+    """The fields of `ModelConfig` that go by one name in the transformers config of every architecture."""
+    return {
+        "model_type": hf.model_type,
+        "vocab_size": hf.vocab_size,
+        "num_layers": hf.num_hidden_layers,
+        "hidden_size": hf.hidden_size,
+        "num_heads": hf.num_attention_heads,
+        "tie_embeddings": hf.tie_word_embeddings,
+        "eos_token_ids": token_ids(hf.eos_token_id),
+    }
+
+
+def refuse(hf: transformers.PretrainedConfig, **supported: object) -> None:
+    """Raises ValueError for a field of the transformers config with another value than the one that is supported."""
+    for name, value in supported.items():
+        if getattr(hf, name, value) != value:
+            raise ValueError(f"config: {name} {getattr(hf, name)!r} is not supported; {value!r} is")
 
 
 def width_of_heads(hidden_size: int, heads: int) -> int:

@@ -1,54 +1,34 @@
 """Flax NNX language models whose attention reads a segmented cache; one file per architecture (`model_type`).
 
-Each architecture file has the same parts in the same order: `Config` (with `from_hf`), `MLP`, `DecoderLayer`,
-`Embedder` and `checkpoint_names`.
+Each architecture file has the same parts in the same order: `Config` (with `from_hf`), `DecoderLayer`, `Embedder`, and
+what its checkpoints look like: `BASE`, the prefix of all tensors but the head's, and `checkpoint_names`.
 """
 
 from types import ModuleType
-from typing import Protocol
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.models import llama, opt
-from kvpr_jax.models.attention import Recompute
-from kvpr_jax.segments import Activations, KeysValues, Place, Segment
+from kvpr_jax.models import bloom, gemma, gpt2, gpt_neox, llama, olmo2, opt, phi, qwen2, qwen3
+from kvpr_jax.segments import Place
 
-ARCHITECTURES: dict[str, ModuleType] = {"llama": llama, "mistral": llama, "opt": opt}
+CHUNK = 256  # tokens of a text that pass a layer at a time when there is no cache
 
-
-class DecoderLayer(Protocol):
-    """What every architecture's `DecoderLayer` does."""
-
-    def __call__(
-        self,
-        h: Float[Array, "B Q D"],
-        segments: tuple[Segment, ...],
-        place: Place,
-        *,
-        split: int,
-        recompute: Recompute,
-        chunk: int,
-    ) -> tuple[Float[Array, "B Q D"], tuple[Activations | None, KeysValues | None]]:
-        """One layer over new tokens, attending to the cache and, causally, to one another.
-
-        Args:
-            h: hidden states of the call's tokens.
-            segments: this layer's cache of earlier slots, on the device. Those held as activations are turned back
-                into attention here.
-            place: slots of the call's tokens, and where each sequence starts.
-            split: static split index of the call's own tokens: the first `split` are to be kept as activations, the
-                others as keys and values. A prompt of S tokens gets the plan's l; a decode step's one token gets 1
-                or 0.
-            recompute: static; how segments of activations are used ("project" or "absorb").
-            chunk: static; queries that pass through attention and MLP at a time, a bound on temporaries.
-
-        Returns:
-            Hidden states for the next layer, and what the cache keeps of the call's tokens in either form.
-        """
-        ...
+ARCHITECTURES: dict[str, ModuleType] = {
+    "bloom": bloom,
+    "gemma": gemma,
+    "gpt2": gpt2,
+    "gpt_neox": gpt_neox,
+    "llama": llama,
+    "mistral": llama,
+    "olmo2": olmo2,
+    "opt": opt,
+    "phi": phi,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+}
 
 
 def architecture(model_type: str) -> ModuleType:
@@ -83,5 +63,5 @@ class Model(nnx.Module):
         place = Place(jnp.arange(tokens.shape[1]), start)
         h = self.embedder.encode(tokens, place)
         for layer in self.layers:
-            h, _ = layer(h, (), place, split=0, recompute="project", chunk=tokens.shape[1])
+            h, _ = layer(h, (), place, split=0, recompute="project", chunk=CHUNK)
         return self.embedder.decode(h)

@@ -9,8 +9,9 @@ A segment of activations x gives its scores and its share in one of two ways, eq
              4·D·K·d FLOPs a token.
     absorb   the projections move to the query's side of the products, and K and V are never formed:
                  score(t) = (W_K·q)·x_t + q·b_K          share = W_Vᵀ·(Σ_t p_t·x_t) + b_V·Σ_t p_t
-             4·H·D FLOPs a token, d times fewer. A rotation between W_K and the dot product stands in the way, so
-             rotary models project their keys and absorb their values.
+             4·H·D FLOPs a token, d times fewer. What stands between W_K and the dot product stands in the way: those
+             dimensions of a head's key that are rotated are projected (all of them, in most rotary models), and so
+             are keys that are normalised. Values are absorbed in any case.
 """
 
 from collections.abc import Callable
@@ -18,11 +19,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.models.layers import Rope
+from kvpr_jax.models.layers import linear
+from kvpr_jax.models.positions import Rope
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
 Recompute = Literal["project", "absorb"]
@@ -65,75 +68,126 @@ def fused(dtype: jnp.dtype, head_dim: int) -> bool:
     return float(getattr(jax.local_devices()[0], "compute_capability", 0)) >= 8.0
 
 
+def linear_biases(
+    slopes: tuple[float, ...], queries: Int[Array, " Q"], keys: Int[Array, " T"]
+) -> Float[Array, "H Q T"]:
+    """What ALiBi adds to the scores: minus each head's slope times how far the key is behind the query."""
+    distance = (keys[None, :] - queries[:, None]).astype(jnp.float32)
+    return np.array(slopes, np.float32)[:, None, None] * distance[None]
+
+
 def causal_attention(
-    queries: Float[Array, "B Q K G d"], own: KeysValues, place: Place, window: int | None
+    queries: Float[Array, "B Q K G d"],
+    own: KeysValues,
+    place: Place,
+    window: int | None,
+    slopes: tuple[float, ...] | None,
 ) -> Float[Array, "B Q K G d"]:
     """Fused attention of a prompt's tokens over the prompt: cuDNN's where the backend has it, XLA's elsewhere."""
     heads = queries.reshape(*queries.shape[:2], -1, queries.shape[-1])
     whole = place.start is None and window is None and queries.shape[1] == own.tokens
     # CPUs have no float16 products that sum in float32.
     dtype = jnp.float32 if jax.default_backend() == "cpu" and heads.dtype == jnp.float16 else heads.dtype
+    cudnn = fused(heads.dtype, heads.shape[-1])
+    bias = None
+    if slopes is not None:
+        bias = linear_biases(slopes, place.slots, own.slots)[None].astype(dtype if cudnn else jnp.float32)
     out = jax.nn.dot_product_attention(
         heads.astype(dtype),
         own.keys.astype(dtype),
         own.values.astype(dtype),
+        bias=bias,
         mask=None if whole else visible(place.slots, own.slots, place.start, window)[:, None],
         is_causal=whole,
         scale=1.0,
-        implementation="cudnn" if fused(heads.dtype, heads.shape[-1]) else "xla",
+        implementation="cudnn" if cudnn else "xla",
     )
     return out.reshape(queries.shape).astype(queries.dtype)
 
 
 class Attention(nnx.Module):
-    """Multi-head or grouped-query attention, with or without rotary embeddings.
+    """Multi-head or grouped-query attention.
 
     Args:
         config: shapes.
-        scale: what queries are multiplied by.
+        scale: what queries are multiplied by; d^(-1/2) by default.
         bias: whether the query, key and value projections have one.
         out_bias: whether the output projection has one.
         rope: rotation of queries and keys, or None.
+        slopes: (H,) of ALiBi, or None.
         window: sliding window in tokens, or None.
+        norm: makes the norms of queries and keys from their width: d, a norm of each head, or H·d and K·d, one norm
+            of all heads together; None: no such norms.
+        norm_heads: whether each head is normalised by itself.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         *,
-        scale: float,
         bias: bool,
         out_bias: bool,
+        scale: float | None = None,
         rope: Rope | None = None,
+        slopes: tuple[float, ...] | None = None,
         window: int | None = None,
+        norm: Callable[[int], nnx.RMSNorm] | None = None,
+        norm_heads: bool = True,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
         self.groups = config.num_heads // config.num_kv_heads
         self.kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
-        self.scale, self.rope, self.window = scale, rope, window
+        self.scale = config.head_dim**-0.5 if scale is None else scale
+        self.rope, self.slopes, self.window = rope, slopes, window
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q = linear(config.hidden_size, q_size, bias=bias, dtype=dtype, rngs=rngs)
+        self.k = linear(config.hidden_size, kv_size, bias=bias, dtype=dtype, rngs=rngs)
+        self.v = linear(config.hidden_size, kv_size, bias=bias, dtype=dtype, rngs=rngs)
+        self.o = linear(q_size, config.hidden_size, bias=out_bias, dtype=dtype, rngs=rngs)
+        self.q_norm = None if norm is None else norm(config.head_dim if norm_heads else q_size)
+        self.k_norm = None if norm is None else norm(config.head_dim if norm_heads else kv_size)
 
-        def linear(inputs: int, outputs: int, use_bias: bool) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
-
-        self.q = linear(config.hidden_size, q_size, bias)
-        self.k = linear(config.hidden_size, kv_size, bias)
-        self.v = linear(config.hidden_size, kv_size, bias)
-        self.o = linear(q_size, config.hidden_size, out_bias)
+    @property
+    def projected_dims(self) -> int:
+        """Dimensions of a head's keys, its first ones, that must be projected even where the others are absorbed."""
+        if self.k_norm is not None:
+            return self.head_dim
+        return 0 if self.rope is None else self.rope.width
 
     def queries(self, x: Float[Array, "B Q D"], positions: Int[Array, "#B Q"]) -> Float[Array, "B Q K G d"]:
-        q = self.q(x).reshape(*x.shape[:2], -1, self.head_dim)
-        if self.rope is not None:
-            q = self.rope.rotate(q, positions)
+        q = self._turned(self._normed(self.q(x), self.q_norm), positions)
         return (q * self.scale).reshape(*x.shape[:2], self.kv_heads, self.groups, self.head_dim)
 
-    def keys(self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]) -> Float[Array, "B T K d"]:
-        k = self.k(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim)
-        return k if self.rope is None else self.rope.rotate(k, positions)
+    def keys(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"], dims: int | None = None
+    ) -> Float[Array, "B T K dims"]:
+        """Keys of activations; only the first `dims` dimensions of each head if given."""
+        if dims in (None, self.head_dim):
+            return self._turned(self._normed(self.k(x), self.k_norm), positions)
+        kernel, bias = self._heads(self.k)
+        k = jnp.einsum("BTD,DKd->BTKd", x, kernel[..., :dims])
+        if bias is not None:
+            k = k + bias[None, None, :, :dims]
+        return self._turned(k, positions)
 
     def values(self, x: Float[Array, "B T D"]) -> Float[Array, "B T K d"]:
         return self.v(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim)
+
+    def _normed(self, y: Float[Array, "B T _"], norm: nnx.RMSNorm | None) -> Float[Array, "B T heads d"]:
+        """Projected queries or keys by heads, normalised by themselves or together."""
+        if norm is not None:
+            y = norm(y.reshape(*y.shape[:2], -1, norm.num_features))
+        return y.reshape(*y.shape[:2], -1, self.head_dim)
+
+    def _turned(self, y: Float[Array, "B T heads _"], positions: Int[Array, "#B T"]) -> Float[Array, "B T heads _"]:
+        return y if self.rope is None else self.rope.rotate(y, positions)
+
+    def _heads(self, projection: nnx.Linear) -> tuple[Float[Array, "D K d"], Float[Array, "K d"] | None]:
+        """Kernel and bias of the key or value projection, by heads."""
+        kernel = projection.kernel[...].reshape(-1, self.kv_heads, self.head_dim)
+        bias = None if projection.bias is None else projection.bias[...].reshape(self.kv_heads, self.head_dim)
+        return kernel, bias
 
     def remember(self, x: Float[Array, "B T D"], place: Place) -> KeysValues:
         """Keys and values of activations: what a token is when it is new, and again whenever it is projected."""
@@ -160,7 +214,7 @@ class Attention(nnx.Module):
             out = attend([*parts, self._part(q, own, place, recompute, None)]).astype(x.dtype)
             out = jnp.moveaxis(out, 3, 1)
         else:
-            out = causal_attention(q, own, place, self.window)
+            out = causal_attention(q, own, place, self.window, self.slopes)
         return self.o(out.reshape(*x.shape[:2], -1))
 
     def _part(
@@ -172,17 +226,15 @@ class Attention(nnx.Module):
         """
         if isinstance(segment, KeysValues):
             scores, share = self._keys_scores(q, segment.keys), self._values_share(segment.values)
+        elif recompute == "project":
+            own = self.remember(segment.x, Place(segment.slots, place.start))
+            scores, share = self._keys_scores(q, own.keys), self._values_share(own.values)
         else:
-            there = Place(segment.slots, place.start)
-            absorb_keys = recompute == "absorb" and self.rope is None
-            scores = (
-                self._absorbed_scores(q, segment.x)
-                if absorb_keys
-                else self._keys_scores(q, self.keys(segment.x, there.positions(segment.slots)))
-            )
-            share = (
-                self._absorbed_share(segment.x) if recompute == "absorb" else self._values_share(self.values(segment.x))
-            )
+            positions = place.positions(segment.slots)
+            scores, share = self._absorbed_scores(q, segment.x, positions), self._absorbed_share(segment.x)
+        if self.slopes is not None:
+            biases = linear_biases(self.slopes, place.slots, segment.slots)
+            scores = scores + biases.reshape(1, self.kv_heads, self.groups, *biases.shape[1:])
         seen = visible(place.slots, segment.slots, place.start, self.window)
         if before is not None:
             seen = seen & (segment.slots <= before)[None, None, :]
@@ -198,18 +250,23 @@ class Attention(nnx.Module):
             "BKGQT,BTKd->BKGQd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
         )
 
-    def _absorbed_scores(self, q: Share, x: Float[Array, "B T D"]) -> Scores:
-        kernel = self.k.kernel[...].reshape(-1, self.kv_heads, self.head_dim)
+    def _absorbed_scores(self, q: Share, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]) -> Scores:
+        dims = self.projected_dims
+        projected = self._keys_scores(q[..., :dims], self.keys(x, positions, dims)) if dims else None
+        if projected is not None and dims == self.head_dim:
+            return projected
+        kernel, bias = self._heads(self.k)
+        q, kernel = q[..., dims:], kernel[..., dims:]
         absorbed = jnp.einsum("BKGQd,DKd->BKGQD", q, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
         scores = jnp.einsum("BKGQD,BTD->BKGQT", absorbed, x, preferred_element_type=jnp.float32)
-        if self.k.bias is None:
-            return scores
-        # The same for every token of this segment, but the keys of other segments contain it.
-        bias = self.k.bias[...].reshape(self.kv_heads, self.head_dim)
-        return scores + jnp.einsum("BKGQd,Kd->BKGQ", q, bias, preferred_element_type=jnp.float32)[..., None]
+        if bias is not None:
+            # The same for every token of this segment, but the keys of other segments contain it.
+            offset = jnp.einsum("BKGQd,Kd->BKGQ", q, bias[:, dims:], preferred_element_type=jnp.float32)
+            scores = scores + offset[..., None]
+        return scores if projected is None else scores + projected
 
     def _absorbed_share(self, x: Float[Array, "B T D"]) -> Callable[[Scores], Share]:
-        kernel = self.v.kernel[...].reshape(-1, self.kv_heads, self.head_dim)
+        kernel, bias = self._heads(self.v)
 
         def share(weights: Scores) -> Share:
             # Over the segment's own mass, the mean of x fits its dtype: in float16 the plain sum might not.
@@ -217,8 +274,8 @@ class Attention(nnx.Module):
             mean = jnp.einsum("BKGQT,BTD->BKGQD", weights.astype(x.dtype), x, preferred_element_type=jnp.float32)
             mean = (mean / mass).astype(x.dtype)
             out = jnp.einsum("BKGQD,DKd->BKGQd", mean, kernel, preferred_element_type=jnp.float32)
-            if self.v.bias is not None:
-                out = out + self.v.bias[...].reshape(1, self.kv_heads, 1, 1, self.head_dim).astype(jnp.float32)
+            if bias is not None:
+                out = out + bias[None, :, None, None, :].astype(jnp.float32)
             return out * mass
 
         return share

@@ -1,19 +1,19 @@
-"""Building blocks that architectures share: chunked application, activation functions, rotary embeddings (RoPE)."""
+"""Building blocks that architectures share: linear layers, norms, activation functions, MLPs, chunked application."""
 
-import dataclasses
-import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kvpr_jax.config import ModelConfig
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
 }
 
@@ -23,6 +23,58 @@ def activation(name: str) -> Callable[[Array], Array]:
     if name not in ACTIVATIONS:
         raise ValueError(f"config: activation {name!r} is not known; known: {', '.join(sorted(ACTIVATIONS))}")
     return ACTIVATIONS[name]
+
+
+def linear(inputs: int, outputs: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+def embedding(count: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Embed:
+    return nnx.Embed(count, width, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+def layer_norm(config: ModelConfig, *, affine: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.hidden_size,
+        epsilon=config.norm_epsilon,
+        use_bias=affine,
+        use_scale=affine,
+        use_fast_variance=False,
+        dtype=dtype,
+        param_dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def rms_norm(config: ModelConfig, width: int | None = None, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """An RMS norm of `width` numbers; None: D."""
+    width = width or config.hidden_size
+    return nnx.RMSNorm(width, epsilon=config.norm_epsilon, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+class MLP(nnx.Module):
+    """down(activation(up(x)))."""
+
+    def __init__(self, config: ModelConfig, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.activation = activation(config.activation)
+        self.up = linear(config.hidden_size, config.mlp_size, bias=bias, dtype=dtype, rngs=rngs)
+        self.down = linear(config.mlp_size, config.hidden_size, bias=bias, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
+        return self.down(self.activation(self.up(x)))
+
+
+class GatedMLP(nnx.Module):
+    """down(activation(gate(x)) · up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.activation = activation(config.activation)
+        self.gate = linear(config.hidden_size, config.mlp_size, bias=bias, dtype=dtype, rngs=rngs)
+        self.up = linear(config.hidden_size, config.mlp_size, bias=bias, dtype=dtype, rngs=rngs)
+        self.down = linear(config.mlp_size, config.hidden_size, bias=bias, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 def in_chunks(function: Callable[..., Array], chunk: int, *arrays: Array) -> Array:
@@ -42,69 +94,3 @@ def in_chunks(function: Callable[..., Array], chunk: int, *arrays: Array) -> Arr
 
     out = jax.lax.map(lambda piece: function(*piece), tuple(split(array) for array in arrays))
     return jnp.moveaxis(out, 0, 1).reshape(out.shape[1], pieces * chunk, *out.shape[3:])[:, :tokens]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding (arXiv 2104.09864) in the half-split layout of Hugging Face checkpoints.
-
-    Attributes:
-        head_dim: d.
-        theta: base of the frequencies.
-        kind: "default", "linear" (positions divided by `factor`) or "llama3" (low frequencies divided by `factor`,
-            high ones kept, those between blended).
-        factor, low_freq_factor, high_freq_factor, original_max_positions: as in config.json.
-    """
-
-    head_dim: int
-    theta: float = 10000.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-
-    KINDS = ("default", "linear", "llama3")
-
-    def __post_init__(self) -> None:
-        if self.kind not in self.KINDS:
-            raise ValueError(f"config: rope scaling {self.kind!r} is not supported; supported: {', '.join(self.KINDS)}")
-        if self.head_dim % 2:
-            raise ValueError(f"config: rotary embeddings need an even head_dim, not {self.head_dim}")
-
-    @classmethod
-    def from_parameters(cls, head_dim: int, parameters: Mapping[str, Any]) -> "Rope":
-        """From the `rope_parameters` of a transformers config."""
-        if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(
-                f"config: partial_rotary_factor {parameters['partial_rotary_factor']} is not supported; 1.0 is"
-            )
-        names = {
-            "rope_type": "kind",
-            "rope_theta": "theta",
-            "factor": "factor",
-            "low_freq_factor": "low_freq_factor",
-            "high_freq_factor": "high_freq_factor",
-            "original_max_position_embeddings": "original_max_positions",
-        }
-        given = {ours: parameters[theirs] for theirs, ours in names.items() if parameters.get(theirs) is not None}
-        return cls(head_dim, **given)
-
-    def frequencies(self) -> np.ndarray:
-        """(d/2,) float32: radians a position turns each pair of dimensions by."""
-        frequency = self.theta ** -(np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim)
-        if self.kind == "linear":
-            frequency = frequency / self.factor
-        elif self.kind == "llama3":
-            turns = self.original_max_positions * frequency / (2 * math.pi)  # over the context of pre-training
-            kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-            kept = np.clip(kept, 0.0, 1.0)
-            frequency = kept * frequency + (1 - kept) * frequency / self.factor
-        return frequency.astype(np.float32)
-
-    def rotate(self, x: Float[Array, "B T heads d"], positions: Int[Array, "#B T"]) -> Float[Array, "B T heads d"]:
-        """`x` turned to `positions`; the angles are float32 whatever the dtype of `x`."""
-        angle = positions[:, :, None, None].astype(jnp.float32) * self.frequencies()[None, None, None, :]
-        cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
-        first, second = jnp.split(x, 2, axis=-1)
-        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -10,10 +10,10 @@ import transformers
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kvpr_jax.config import ModelConfig, token_ids, width_of_heads
-from kvpr_jax.models.attention import Attention, Recompute, kept
-from kvpr_jax.models.layers import activation, in_chunks
-from kvpr_jax.segments import Activations, KeysValues, Place, Segment
+from kvpr_jax.config import ModelConfig, common_fields, width_of_heads
+from kvpr_jax.models import decoder, layers, names
+from kvpr_jax.models.attention import Attention
+from kvpr_jax.segments import Place
 
 POSITION_OFFSET = 2  # OPT's position table starts with two rows that no token uses
 NORM_EPSILON = 1e-5  # torch's default; OPT's config has no field for it
@@ -29,7 +29,6 @@ class Config(ModelConfig):
         final_norm: layer norm after the last layer.
         norm_affine: whether layer norms have a scale and a bias.
         bias: whether projections have a bias.
-        activation: the MLP's non-linearity.
     """
 
     embed_size: int
@@ -37,112 +36,58 @@ class Config(ModelConfig):
     final_norm: bool
     norm_affine: bool
     bias: bool
-    activation: str
 
     @classmethod
     def from_hf(cls, hf: transformers.PretrainedConfig) -> "Config":
         return cls(
-            model_type="opt",
-            vocab_size=hf.vocab_size,
-            num_layers=hf.num_hidden_layers,
-            hidden_size=hf.hidden_size,
-            num_heads=hf.num_attention_heads,
+            **common_fields(hf),
             num_kv_heads=hf.num_attention_heads,
             head_dim=width_of_heads(hf.hidden_size, hf.num_attention_heads),
             mlp_size=hf.ffn_dim,
+            activation=hf.activation_function,
+            norm_epsilon=NORM_EPSILON,
             max_positions=hf.max_position_embeddings,
-            tie_embeddings=hf.tie_word_embeddings,
-            eos_token_ids=token_ids(hf.eos_token_id),
             embed_size=hf.word_embed_proj_dim,
             norm_first=hf.do_layer_norm_before,
             final_norm=hf.do_layer_norm_before and not hf._remove_final_layer_norm,
             norm_affine=hf.layer_norm_elementwise_affine,
             bias=hf.enable_bias,
-            activation=hf.activation_function,
         )
 
 
-def layer_norm(config: Config, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        config.hidden_size,
-        epsilon=NORM_EPSILON,
-        use_bias=config.norm_affine,
-        use_scale=config.norm_affine,
-        use_fast_variance=False,
-        dtype=dtype,
-        param_dtype=dtype,
-        rngs=rngs,
-    )
-
-
-class MLP(nnx.Module):
-    def __init__(self, config: Config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.activation = activation(config.activation)
-        self.up = nnx.Linear(
-            config.hidden_size, config.mlp_size, use_bias=config.bias, dtype=dtype, param_dtype=dtype, rngs=rngs
-        )
-        self.down = nnx.Linear(
-            config.mlp_size, config.hidden_size, use_bias=config.bias, dtype=dtype, param_dtype=dtype, rngs=rngs
-        )
-
-    def __call__(self, x: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
-        return self.down(self.activation(self.up(x)))
-
-
-class DecoderLayer(nnx.Module):
+class DecoderLayer(decoder.DecoderLayer):
     def __init__(self, config: Config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.norm_first = config.norm_first
-        self.attention_norm = layer_norm(config, dtype, rngs)
-        self.attention = Attention(
-            config, scale=config.head_dim**-0.5, bias=config.bias, out_bias=config.bias, dtype=dtype, rngs=rngs
-        )
-        self.mlp_norm = layer_norm(config, dtype, rngs)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.attention_norm = layers.layer_norm(config, affine=config.norm_affine, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, bias=config.bias, out_bias=config.bias, dtype=dtype, rngs=rngs)
+        self.mlp_norm = layers.layer_norm(config, affine=config.norm_affine, dtype=dtype, rngs=rngs)
+        self.mlp = layers.MLP(config, bias=config.bias, dtype=dtype, rngs=rngs)
 
-    def __call__(
-        self,
-        h: Float[Array, "B Q D"],
-        segments: tuple[Segment, ...],
-        place: Place,
-        *,
-        split: int,
-        recompute: Recompute,
-        chunk: int,
-    ) -> tuple[Float[Array, "B Q D"], tuple[Activations | None, KeysValues | None]]:
-        """See `kvpr_jax.models.DecoderLayer`."""
-        x = self.attention_norm(h) if self.norm_first else h
-        own = self.attention.remember(x, place)
+    def read(self, h: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
+        return self.attention_norm(h) if self.norm_first else h
 
-        def block(h: Array, x: Array, slots: Array) -> Array:
-            h = h + self.attention(x, own, segments, Place(slots[0], place.start), recompute)
-            if self.norm_first:
-                return h + self.mlp(self.mlp_norm(h))
-            h = self.attention_norm(h)
-            return self.mlp_norm(h + self.mlp(h))
-
-        return in_chunks(block, chunk, h, x, place.slots[None]), kept(x, own, split)
+    def write(
+        self, h: Float[Array, "B Q D"], x: Float[Array, "B Q D"], attended: Float[Array, "B Q D"]
+    ) -> Float[Array, "B Q D"]:
+        h = h + attended
+        if self.norm_first:
+            return h + self.mlp(self.mlp_norm(h))
+        h = self.attention_norm(h)
+        return self.mlp_norm(h + self.mlp(h))
 
 
-class Embedder(nnx.Module):
-    """Both ends of the model: tokens to hidden states, and hidden states to logits."""
-
+class Embedder(decoder.Embedder):
     def __init__(self, config: Config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        kwargs = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-        self.tokens = nnx.Embed(config.vocab_size, config.embed_size, **kwargs)
-        self.positions = nnx.Embed(config.max_positions + POSITION_OFFSET, config.hidden_size, **kwargs)
-        projected = config.embed_size != config.hidden_size
-        self.project_in = (
-            nnx.Linear(config.embed_size, config.hidden_size, use_bias=False, **kwargs) if projected else None
+        final_norm = (
+            layers.layer_norm(config, affine=config.norm_affine, dtype=dtype, rngs=rngs) if config.final_norm else None
         )
-        self.final_norm = layer_norm(config, dtype, rngs) if config.final_norm else None
-        self.project_out = (
-            nnx.Linear(config.hidden_size, config.embed_size, use_bias=False, **kwargs) if projected else None
-        )
-        self.head = (
-            None
-            if config.tie_embeddings
-            else nnx.Linear(config.embed_size, config.vocab_size, use_bias=False, **kwargs)
-        )
+        super().__init__(config, final_norm, width=config.embed_size, dtype=dtype, rngs=rngs)
+        positions = config.max_positions + POSITION_OFFSET
+        self.positions = layers.embedding(positions, config.hidden_size, dtype=dtype, rngs=rngs)
+        outer, inner = config.embed_size, config.hidden_size
+        projected = outer != inner
+        self.project_in = layers.linear(outer, inner, bias=False, dtype=dtype, rngs=rngs) if projected else None
+        self.project_out = layers.linear(inner, outer, bias=False, dtype=dtype, rngs=rngs) if projected else None
 
     def encode(self, tokens: Int[Array, "B Q"], place: Place) -> Float[Array, "B Q D"]:
         h = self.tokens(tokens)
@@ -150,43 +95,35 @@ class Embedder(nnx.Module):
             h = self.project_in(h)
         return h + self.positions(place.positions(place.slots) + POSITION_OFFSET)
 
-    def decode(self, h: Float[Array, "B Q D"]) -> Float[Array, "B Q V"]:
-        if self.final_norm is not None:
-            h = self.final_norm(h)
-        if self.project_out is not None:
-            h = self.project_out(h)
-        return (self.tokens.attend(h) if self.head is None else self.head(h)).astype(jnp.float32)
+    def head_input(self, h: Float[Array, "B Q D"]) -> Float[Array, "B Q _"]:
+        h = super().head_input(h)
+        return h if self.project_out is None else self.project_out(h)
 
 
-def checkpoint_names(config: Config) -> dict[str, tuple[str, bool]]:
-    """Checkpoint tensor (without the leading "model.") → (path in the module, whether it is transposed)."""
-    weights_and_biases = {
-        "self_attn.q_proj": "attention/q",
-        "self_attn.k_proj": "attention/k",
-        "self_attn.v_proj": "attention/v",
-        "self_attn.out_proj": "attention/o",
-        "fc1": "mlp/up",
-        "fc2": "mlp/down",
-    }
-    norms = {"self_attn_layer_norm": "attention_norm", "final_layer_norm": "mlp_norm"}
-    names = {
-        "decoder.embed_tokens.weight": ("embedder/tokens/embedding", False),
-        "decoder.embed_positions.weight": ("embedder/positions/embedding", False),
-    }
-    for i in range(config.num_layers):
-        for theirs, ours in weights_and_biases.items():
-            names[f"decoder.layers.{i}.{theirs}.weight"] = (f"layers/{i}/{ours}/kernel", True)
-            if config.bias:
-                names[f"decoder.layers.{i}.{theirs}.bias"] = (f"layers/{i}/{ours}/bias", False)
-        for theirs, ours in norms.items() if config.norm_affine else ():
-            names[f"decoder.layers.{i}.{theirs}.weight"] = (f"layers/{i}/{ours}/scale", False)
-            names[f"decoder.layers.{i}.{theirs}.bias"] = (f"layers/{i}/{ours}/bias", False)
+BASE = "model."
+
+
+def checkpoint_names(config: Config) -> names.Names:
+    layer = (
+        names.linear("self_attn.q_proj", "attention/q", bias=config.bias)
+        | names.linear("self_attn.k_proj", "attention/k", bias=config.bias)
+        | names.linear("self_attn.v_proj", "attention/v", bias=config.bias)
+        | names.linear("self_attn.out_proj", "attention/o", bias=config.bias)
+        | names.linear("fc1", "mlp/up", bias=config.bias)
+        | names.linear("fc2", "mlp/down", bias=config.bias)
+    )
+    if config.norm_affine:
+        layer |= names.norm("self_attn_layer_norm", "attention_norm", bias=True)
+        layer |= names.norm("final_layer_norm", "mlp_norm", bias=True)
+    found = (
+        names.embedding("model.decoder.embed_tokens", "embedder/tokens")
+        | names.embedding("model.decoder.embed_positions", "embedder/positions")
+        | names.in_layers("model.decoder.layers", config.num_layers, layer)
+        | names.head("lm_head", config.tie_embeddings)
+    )
     if config.final_norm and config.norm_affine:
-        names["decoder.final_layer_norm.weight"] = ("embedder/final_norm/scale", False)
-        names["decoder.final_layer_norm.bias"] = ("embedder/final_norm/bias", False)
+        found |= names.norm("model.decoder.final_layer_norm", "embedder/final_norm", bias=True)
     if config.embed_size != config.hidden_size:
-        names["decoder.project_in.weight"] = ("embedder/project_in/kernel", True)
-        names["decoder.project_out.weight"] = ("embedder/project_out/kernel", True)
-    if not config.tie_embeddings:
-        names["lm_head.weight"] = ("embedder/head/kernel", True)
-    return names
+        found |= names.linear("model.decoder.project_in", "embedder/project_in", bias=False)
+        found |= names.linear("model.decoder.project_out", "embedder/project_out", bias=False)
+    return found

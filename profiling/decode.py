@@ -55,7 +55,7 @@ def shape(model: str, layers: int | None) -> ModelConfig:
             model_type="opt", vocab_size=50272, num_layers=depth, hidden_size=width, num_heads=heads,
             num_kv_heads=heads, head_dim=width // heads, mlp_size=4 * width, max_positions=2048, tie_embeddings=True,
             eos_token_ids=(2,), embed_size=width, norm_first=True, final_norm=True, norm_affine=True, bias=True,
-            activation="relu",
+            activation="relu", norm_epsilon=1e-5,
         )  # fmt: skip
     elif Path(model).is_dir():
         config, _ = checkpoint.read_config(Path(model))

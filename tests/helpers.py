@@ -9,7 +9,7 @@ from flax import nnx
 
 from kvpr_jax.cache import Cache
 from kvpr_jax.models import Model, llama, opt
-from kvpr_jax.models.layers import Rope
+from kvpr_jax.models.positions import Rope
 from kvpr_jax.profiling.profile import Profile
 from kvpr_jax.runtime import Decoder
 from kvpr_jax.scheduler import Plan, Request
@@ -26,13 +26,13 @@ def assert_close(actual, expected, dtype: str = "float32") -> None:
 OPT = opt.Config(
     model_type="opt", vocab_size=89, num_layers=3, hidden_size=44, num_heads=4, num_kv_heads=4, head_dim=11,
     mlp_size=53, max_positions=113, tie_embeddings=True, eos_token_ids=(2,), embed_size=44, norm_first=True,
-    final_norm=True, norm_affine=True, bias=True, activation="relu",
+    final_norm=True, norm_affine=True, bias=True, activation="relu", norm_epsilon=1e-5,
 )  # fmt: skip
 OPT_350M = dataclasses.replace(OPT, embed_size=22, norm_first=False, final_norm=False)
 LLAMA = llama.Config(
     model_type="llama", vocab_size=89, num_layers=3, hidden_size=60, num_heads=6, num_kv_heads=6, head_dim=10,
     mlp_size=53, max_positions=113, tie_embeddings=False, eos_token_ids=(2,), norm_epsilon=1e-5,
-    rope=Rope(10, theta=100.0), window=None, attention_bias=False, mlp_bias=False, activation="silu",
+    rope=Rope(10, theta=100.0), window=None, attention_bias=False, out_bias=False, mlp_bias=False, activation="silu",
 )  # fmt: skip
 GQA = dataclasses.replace(LLAMA, num_kv_heads=2)
 CONFIGS = {"opt": OPT, "opt-350m": OPT_350M, "llama": LLAMA, "llama-gqa": GQA}

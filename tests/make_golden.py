@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
 
@@ -42,6 +43,8 @@ SHAPES = {
 OPT = SHAPES | {"hidden_size": 44, "ffn_dim": 52, "dropout": 0.0}
 ROPE = {"rope_type": "default", "rope_theta": 100.0}
 LLAMA = SHAPES | {"hidden_size": 40, "intermediate_size": 52, "rope_parameters": ROPE}
+QWEN = LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 2}
+NEOX = SHAPES | {"hidden_size": 64, "intermediate_size": 52, "rope_parameters": ROPE | {"partial_rotary_factor": 0.25}}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 24,
@@ -57,6 +60,15 @@ def as_before_version_5(directory: Path) -> None:
     config["rope_scaling"] = scaling
     config["torch_dtype"] = config.pop("dtype")
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def as_the_first_gpt2(directory: Path) -> None:
+    """Tensors without a prefix, and causal masks among them, as on the hub."""
+    path = directory / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64).tril() for i in range(2)}
+    safetensors.torch.save_file(tensors | masks, path, metadata={"format": "pt"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +118,36 @@ CASES = {
     "mistral": Case(
         transformers.MistralConfig(**(LLAMA | {"num_key_value_heads": 4, "sliding_window": 6})), dtype=torch.bfloat16,
     ),
+    "gpt2": Case(transformers.GPT2Config(**SHAPES, hidden_size=44), edit=as_the_first_gpt2),
+    "gpt2-unscaled": Case(
+        transformers.GPT2Config(
+            **SHAPES, hidden_size=44, n_inner=52, activation_function="relu", scale_attn_weights=False,
+            tie_word_embeddings=False,
+        ),
+    ),
+    "gpt-neox": Case(transformers.GPTNeoXConfig(**NEOX)),
+    "gpt-neox-serial": Case(
+        transformers.GPTNeoXConfig(
+            **(NEOX | {"rope_parameters": ROPE | {"partial_rotary_factor": 1.0}}), use_parallel_residual=False,
+            attention_bias=False,
+        ),
+        lengths=(18, 18),
+    ),
+    "phi": Case(transformers.PhiConfig(**(LLAMA | {"rope_parameters": ROPE | {"partial_rotary_factor": 0.4}}))),
+    "bloom": Case(
+        transformers.BloomConfig(**(SHAPES | {"num_attention_heads": 6, "hidden_size": 48}), seq_length=64),
+        prefix=False,
+    ),
+    "bloom-residual": Case(
+        transformers.BloomConfig(**SHAPES, hidden_size=48, apply_residual_connection_post_layernorm=True, seq_length=64)
+    ),
+    "gemma": Case(transformers.GemmaConfig(**LLAMA, num_key_value_heads=4, head_dim=16), dtype=torch.bfloat16),
+    "gemma-one-kv-head": Case(transformers.GemmaConfig(**LLAMA, num_key_value_heads=1, head_dim=10)),
+    "olmo2": Case(transformers.Olmo2Config(**LLAMA)),
+    "olmo2-gqa": Case(transformers.Olmo2Config(**LLAMA, num_key_value_heads=2)),
+    "qwen2": Case(transformers.Qwen2Config(**(LLAMA | {"num_key_value_heads": 4}))),
+    "qwen2-gqa-tied": Case(transformers.Qwen2Config(**QWEN)),
+    "qwen3": Case(transformers.Qwen3Config(**QWEN, head_dim=14), dtype=torch.bfloat16),
 }  # fmt: skip
 
 BUNDLED_PROMPTS = (
@@ -124,24 +166,32 @@ BUNDLED_PROMPTS = (
 )
 
 
+POSITIONS = ("embed_positions.weight", "wpe.weight")
+TOKENS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+
+
 def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
     """Weights that make hidden states, logits and attention scores of order 1, every one of them random."""
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if name.endswith("norm.weight"):
-            noise = 1 + 0.3 * noise
-        elif name.endswith("norm.bias"):
+        fan_in = parameter.shape[0 if ".c_" in name else -1]  # GPT-2 stores its kernels the other way round
+        gemma = model.config.model_type == "gemma"  # its scales are stored less 1
+        if name.endswith("word_embeddings_layernorm.weight") or (gemma and name == "model.norm.weight"):
+            noise = noise - int(gemma)  # signs at random: embeddings this large would make every token follow itself
+        elif name.endswith("norm.weight") or (".ln_" in name and name.endswith("weight")):
+            noise = 0.3 * noise + int(not gemma)
+        elif name.endswith("norm.bias") or ".ln_" in name:
             noise = 0.1 * noise  # of the last norm: the same for all tokens, so it must not decide alone
         elif name.endswith(("q_proj.bias", "k_proj.bias")):
             noise = 0.5 * noise
         elif parameter.ndim == 1:
             noise = 0.2 * noise
-        elif "embed_positions" in name or ("embed_tokens" in name and not model.config.tie_word_embeddings):
+        elif name.endswith(POSITIONS) or (name.endswith(TOKENS) and not model.config.tie_word_embeddings):
             pass
-        elif name.endswith(("q_proj.weight", "k_proj.weight")):
-            noise = 1.6 * noise / parameter.shape[1] ** 0.5
+        elif name.endswith(("q_proj.weight", "k_proj.weight", "query_key_value.weight", "c_attn.weight")):
+            noise = 1.6 * noise / fan_in**0.5
         else:
-            noise = 1.2 * noise / parameter.shape[1] ** 0.5
+            noise = 1.2 * noise / fan_in**0.5
         parameter.data.copy_(noise)
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from helpers import LLAMA, OPT, assert_close
 from kvpr_jax.models.attention import Attention, attend, visible
-from kvpr_jax.models.layers import Rope, in_chunks
+from kvpr_jax.models.layers import in_chunks
+from kvpr_jax.models.positions import Rope
 from kvpr_jax.segments import Activations, KeysValues, Place
 
 TOKENS, BATCH = 12, 3
