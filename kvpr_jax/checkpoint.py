@@ -1,12 +1,13 @@
-"""Models in Hugging Face format: from a directory or a hub id into a `Model`, and back.
+"""Models from a directory or a hub id into a `Model`: in Hugging Face format (and back), or as `converted`.
 
-Loading is strict: a tensor that is missing, extra or wrongly shaped is an error that names it. Tensors are read and
-moved to the device one by one.
+Loading is strict: a tensor that is missing, extra or wrongly shaped is an error that names it. Tensors are read from
+mapped files and moved to the device one by one, so that the host holds about one file beside the model.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,32 @@ import transformers
 from flax import nnx
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jax.sharding import SingleDeviceSharding
 
+from kvpr_jax import converted
 from kvpr_jax.config import ModelConfig
+from kvpr_jax.converted import Progress, Shapes
 from kvpr_jax.models import Model, architecture
 
 BUNDLED = Path(__file__).parent / "models" / "tiny"
 DTYPES = ("float32", "bfloat16", "float16")
-PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or shards, with an index: model.safetensors.index.json
+OTHER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 # Constants that old checkpoints store: frequencies of rotary embeddings, causal masks.
 NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 
-Progress = Callable[[int, int], None]
 
-
-def find(model: str | Path) -> Path:
+def find(model: str | Path, revision: str | None = None) -> Path:
     """The directory of a model: `model` itself, or the local copy of that hub id (downloaded if need be).
 
+    The hub's own settings hold, as for transformers: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN or the token of `hf auth login`.
+
+    Args:
+        revision: branch, tag or commit of a hub id; None is its main branch. A directory has none.
+
     Raises:
-        ValueError: there is no such directory and the hub has, or gives, no such model.
+        ValueError: there is no such directory and the hub has, or gives, no such model or revision.
     """
     path = Path(model)
     if str(model) and path.is_dir():
@@ -46,11 +54,18 @@ def find(model: str | Path) -> Path:
         raise ValueError(f"model {str(model)!r} is a file; give the directory that holds config.json")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or str(model).startswith("."):
         raise ValueError(f"model {str(model)!r}: no such directory, and not a hub id of the form owner/name")
+
+    def download(*weights: str) -> Path:
+        patterns, others = [*OTHER_FILES, *weights], ["*/*", "consolidated*"]
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=patterns, ignore_patterns=others))
+
     try:
-        return Path(snapshot_download(str(model), allow_patterns=PATTERNS, ignore_patterns=["*/*", "consolidated*"]))
+        directory = download("*.safetensors")
+        return directory if any(directory.glob("*.safetensors")) else download("pytorch_model*.bin")
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        at = "" if revision is None else f" at revision {revision!r}"
         raise ValueError(
-            f"model {str(model)!r}: no such directory, and the hub did not give it: {_one_line(error)}"
+            f"model {str(model)!r}{at}: no such directory, and the hub did not give it: {_one_line(error)}"
         ) from error
 
 
@@ -100,10 +115,15 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def stored_dtype(hf: Any) -> str:
+    """The dtype that config.json names, float32 where it names none of `DTYPES`."""
+    stored = str(getattr(hf, "dtype", None)).removeprefix("torch.")
+    return stored if stored in DTYPES else "float32"
+
+
 def default_dtype(hf: Any) -> str:
     """The checkpoint's own dtype on an accelerator; float32 on a CPU, where narrower types only cost accuracy."""
-    stored = str(getattr(hf, "dtype", None) or "float32").removeprefix("torch.")
-    return stored if jax.default_backend() != "cpu" and stored in DTYPES else "float32"
+    return stored_dtype(hf) if jax.default_backend() != "cpu" else "float32"
 
 
 def weights_bytes(config: ModelConfig, dtype: jnp.dtype) -> int:
@@ -116,7 +136,8 @@ def load_model(directory: Path, dtype: str | None = None, progress: Progress | N
     """The model in `directory`, on the default device.
 
     Args:
-        directory: holds config.json and model.safetensors, or shards with model.safetensors.index.json.
+        directory: holds config.json and one of: model.safetensors; pytorch_model.bin (which takes PyTorch to read);
+            shards of either with an index; what `kvpr_jax.convert` writes.
         dtype: "float32", "bfloat16" or "float16"; None: see `default_dtype`.
         progress: called with (bytes read, bytes in all) after each tensor.
 
@@ -127,18 +148,33 @@ def load_model(directory: Path, dtype: str | None = None, progress: Progress | N
     dtype = dtype or default_dtype(hf)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not known; known: {', '.join(DTYPES)}")
-    module = architecture(config.model_type)
-    names = module.checkpoint_names(config)
     abstract = nnx.eval_shape(lambda: Model(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     wanted = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
-    covered = [path for entry in names.values() for path in entry.paths]
-    assert sorted(wanted) == sorted(covered), "checkpoint_names does not cover the module"
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for path, leaf in wanted.items()}
+    if converted.is_converted(directory):
+        parameters = converted.read(directory, shapes, progress)
+    else:
+        parameters = _read(directory, config, shapes, progress)
+    for path, parameter in parameters:
+        wanted[path].set_value(parameter)
+    return nnx.merge(graphdef, state)
 
-    files = _shards(directory)
+
+def _read(
+    directory: Path, config: ModelConfig, shapes: Shapes, progress: Progress | None
+) -> Iterator[tuple[str, jax.Array]]:
+    """The parameters of a checkpoint in Hugging Face format by their paths, as they come to the device."""
+    module = architecture(config.model_type)
+    names = module.checkpoint_names(config)
+    covered = [path for entry in names.values() for path in entry.paths]
+    assert sorted(shapes) == sorted(covered), "checkpoint_names does not cover the module"
+    files = _files(directory)
     total, done, seen = sum(path.stat().st_size for path in files), 0, set()
-    for path in files:
+    for path, promised in files.items():
         for stored, tensor in _tensors(path):
+            promised.discard(stored)
             done += tensor.nbytes
             name = stored if stored in names else module.BASE + stored  # saved as the base model, without its head
             if NOT_WEIGHTS.search(name):
@@ -153,20 +189,23 @@ def load_model(directory: Path, dtype: str | None = None, progress: Progress | N
             entry = names[name]
             if not entry.paths:
                 continue
-            shape = entry.shape([wanted[target].shape for target in entry.paths])
+            shape = entry.shape([shapes[target].shape for target in entry.paths])
             if tensor.shape != shape:
                 raise ValueError(
                     f"{path}: tensor {stored!r} has shape {list(tensor.shape)}; config.json asks for {list(shape)}"
                 )
             for target, parameter in zip(entry.paths, entry.unpack(tensor), strict=True):
-                wanted[target].set_value(jnp.asarray(parameter, dtype=dtype))
+                # A copy, since on a CPU the array could be a view of the file; and a finished one, so that copies do
+                # not queue up in host memory.
+                yield target, jax.block_until_ready(jnp.array(parameter, dtype=shapes[target].dtype))
             if progress is not None:
                 progress(min(done, total), total)
+        if promised:
+            raise ValueError(f"{path}: tensor {min(promised)!r} is missing, which the index says is there")
     missing = sorted(name for name, entry in names.items() if entry.paths and name not in seen)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{directory}: tensor {missing[0]!r}{more} is missing from the checkpoint")
-    return nnx.merge(graphdef, state)
 
 
 def save_weights(model: Model, path: Path, dtype: str) -> None:
@@ -182,30 +221,57 @@ def save_weights(model: Model, path: Path, dtype: str) -> None:
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _shards(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, each of which exists."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise ValueError(
-            f"model {str(directory)!r} has neither model.safetensors nor model.safetensors.index.json; transformers' "
-            "save_pretrained writes them from other formats"
-        )
+def _files(directory: Path) -> dict[Path, set[str]]:
+    """The files of a checkpoint, each of which exists, and the tensors that an index names for it."""
+    for name in WEIGHTS:
+        if (directory / name).is_file():
+            return {directory / name: set()}
+        if (directory / f"{name}.index.json").is_file():
+            return _shards(directory / f"{name}.index.json")
+    known = ", ".join(name for single in WEIGHTS for name in (single, f"{single}.index.json"))
+    raise ValueError(
+        f"model {str(directory)!r} has none of {known}, nor the {converted.PARAMETERS}/ of a converted one"
+    )
+
+
+def _shards(index: Path) -> dict[Path, set[str]]:
+    files: dict[Path, set[str]] = {}
     try:
-        shards = {name: directory / name for name in json.loads(index.read_text())["weight_map"].values()}
+        for tensor, name in sorted(json.loads(index.read_text())["weight_map"].items(), key=lambda item: item[1]):
+            files.setdefault(index.parent / name, set()).add(tensor)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{index}: not a readable index of shards") from error
-    for name, path in shards.items():
+    for path in files:
         if not path.is_file():
-            raise ValueError(f"{index} names {name!r}, which is not there")
-    return sorted(shards.values())
+            raise ValueError(f"{index} names {path.name!r}, which is not there")
+    return files
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    return _safetensors(path) if path.suffix == ".safetensors" else _pytorch(path)
+
+
+def _safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 (a safetensors file, not a dict)
                 yield name, file.get_tensor(name)
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _pytorch(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(f"{path}: PyTorch is needed to read this file: pip install torch") from None
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("damaged, or written by a PyTorch older than 1.6: not a zip archive")
+        for name, tensor in torch.load(path, map_location="cpu", weights_only=True, mmap=True).items():
+            if tensor.dtype == torch.bfloat16:  # unknown to NumPy
+                yield name, tensor.detach().view(torch.int16).numpy().view(jnp.bfloat16)
+            else:
+                yield name, tensor.detach().numpy()
+    except Exception as error:  # torch raises errors of many kinds
+        raise ValueError(f"{path}: not a readable PyTorch file ({_one_line(error)})") from error

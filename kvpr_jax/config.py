@@ -9,7 +9,7 @@ One legend of axis letters, used in types, einsums, comments and documentation:
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import transformers
 
@@ -47,6 +47,8 @@ class ModelConfig:
     max_positions: int
     tie_embeddings: bool
     eos_token_ids: tuple[int, ...]
+
+    mlp_arrays: ClassVar[int] = 1  # arrays of width F that an MLP holds at once
 
     def __post_init__(self) -> None:
         for field in (

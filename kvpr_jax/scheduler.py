@@ -260,7 +260,8 @@ def make_plan(
     flushed_activations = int(share * flushed / tail) * tail
     layer_bytes = costs.host_bytes(split + flushed_activations, streamed + flushed - flushed_activations)
     tails = 2 if offloaded else 1  # while full ones leave for the host, empty ones are there
-    on_device = (resident + tails * tail) * costs.host_bytes(0, 1) * config.num_layers
+    token_bytes = costs.host_bytes(0, 1) * config.num_layers
+    resident_bytes = resident * token_bytes
     plan = Plan(
         batch=workload.batch,
         split=split,
@@ -274,7 +275,10 @@ def make_plan(
         prefill_sequences=sequences,
         prefill_queries=queries,
         host_bytes=config.num_layers * layer_bytes,
-        device_bytes=on_device + max(WINDOW * layer_bytes + _step_bytes(costs, workload), prefill_bytes),
+        device_bytes=max(
+            resident_bytes + prefill_bytes,
+            resident_bytes + tails * tail * token_bytes + WINDOW * layer_bytes + _step_bytes(costs, workload),
+        ),
         host_bytes_per_step=config.num_layers * costs.host_bytes(split, streamed),
         predicted_step_s=costs.step_s(split, streamed, resident, recompute, request.engine),
         reason=reason,
@@ -364,10 +368,10 @@ def _prefill_bytes(config: ModelConfig, dtype: jnp.dtype, workload: Workload, se
 
     Scores are formed for a chunk's queries where no fused attention does without; then the mask alone is.
     """
-    tokens, width = workload.prompt_tokens, config.activation_width + config.kv_width
-    batch = workload.batch * tokens * (config.hidden_size + WINDOW * width) * dtype.itemsize
-    whole = tokens * (2 * config.hidden_size + width) * dtype.itemsize
-    passing = (4 * config.hidden_size + 3 * config.mlp_size) * dtype.itemsize
+    tokens, widest = workload.prompt_tokens, max(config.activation_width, config.kv_width)
+    batch = workload.batch * tokens * (config.hidden_size + WINDOW * widest) * dtype.itemsize
+    whole = tokens * (config.hidden_size + config.kv_width) * dtype.itemsize
+    passing = (config.hidden_size + config.mlp_arrays * config.mlp_size) * dtype.itemsize
     scores = tokens * (1 + dtype.itemsize) if fused(dtype, config.head_dim) else 3 * config.num_heads * tokens * 4
     return batch + sequences * (whole + queries * (passing + scores))
 

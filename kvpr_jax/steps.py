@@ -9,6 +9,7 @@
     logits            | definition              |         | batch
     sample            |                         |         | batch; not temperature, top-k, top-p, min-p or seed
     concatenate       | axis                    |         | forms and shapes of the segments
+    cross_entropy     |                         |         | batch
 
 `definition` and `params` are an NNX module split once (`split_module`), the parameters as plain nested dictionaries:
 all layers share one definition, so they share one trace.
@@ -20,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -144,6 +146,12 @@ def sample(
 ) -> Int[Array, " B"]:
     """The next token of each sequence; `index` counts the new tokens before it."""
     return sample_tokens(logits, keys, index, sampling)
+
+
+@jax.jit
+def cross_entropy(logits: Float[Array, "B V"], targets: Int[Array, " B"]) -> Float[Array, " B"]:
+    """Nats of each target under its logits: what `evaluate` adds up."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
 @functools.partial(jax.jit, static_argnames=("axis",))

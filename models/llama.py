@@ -6,7 +6,7 @@ activations save nothing. Gemma, OLMo 2 and Qwen differ from it in little and bu
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import transformers
@@ -37,6 +37,8 @@ class Config(ModelConfig):
     out_bias: bool
     mlp_bias: bool
     key_norm: Literal["head", "all"] | None = None
+
+    mlp_arrays: ClassVar[int] = 2  # the gate's and the other's
 
     @classmethod
     def from_hf(cls, hf: transformers.PretrainedConfig) -> "Config":

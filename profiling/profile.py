@@ -67,7 +67,7 @@ def machine(config: ModelConfig, dtype: jnp.dtype, batch: int) -> dict[str, str]
     return {
         "version": str(VERSION),
         "device": jax.local_devices()[0].device_kind,
-        "driver": _driver(),
+        "driver": driver(),
         "host": platform.processor() or platform.machine(),
         "cores": str(os.cpu_count()),
         "jax": jax.__version__,
@@ -77,7 +77,7 @@ def machine(config: ModelConfig, dtype: jnp.dtype, batch: int) -> dict[str, str]
     }
 
 
-def _driver() -> str:
+def driver() -> str:
     """The NVIDIA driver and GPU as pynvml names them, or "none"."""
     import pynvml
 

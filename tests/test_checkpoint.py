@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -11,12 +14,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvpr_jax
 from helpers import CONFIGS, GQA, LLAMA, OPT, random_model
 from kvpr_jax import checkpoint
+from kvpr_jax.models import Model, opt
 from kvpr_jax.models.positions import Rope
 
 TINY = checkpoint.BUNDLED  # for its tokenizer
@@ -390,11 +395,157 @@ def test_an_index_that_is_none_is_named(broken, index):
         checkpoint.load_model(broken)
 
 
-def test_a_directory_without_safetensors_is_named(broken):
-    (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"neither model\.safetensors nor") as error:
+def test_a_tensor_that_only_the_index_names_is_named(broken):
+    save_shards(tensors(broken), broken)
+    path = broken / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.absent.weight"] = "model-00002-of-00003.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"model-00002-of-00003\.safetensors: tensor 'model\.absent\.weight'"):
+        checkpoint.load_model(broken)
+
+
+def test_a_shard_whose_header_is_damaged_is_named(broken):
+    save_shards(tensors(broken), broken)
+    shard = broken / "model-00002-of-00003.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[8] ^= 1  # the opening brace
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="not a readable safetensors file") as error:
+        checkpoint.load_model(broken)
+    assert str(shard) in str(error.value)
+
+
+def test_a_directory_without_weights_is_named(broken):
+    (broken / "model.safetensors").rename(broken / "model.gguf")
+    with pytest.raises(ValueError, match=r"none of model\.safetensors, .*pytorch_model\.bin") as error:
         checkpoint.load_model(broken)
     assert str(broken) in str(error.value)
+
+
+# PyTorch's files
+
+
+def save_bin(directory: Path, shards: bool = False) -> None:
+    """pytorch_model.bin, or two shards of it with an index, in place of model.safetensors."""
+    torch = pytest.importorskip("torch", reason="pytorch_model.bin needs PyTorch")
+    load = pytest.importorskip("safetensors.torch").load_file
+    stored = load(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = list(stored)
+    for index, part in enumerate((names[::2], names[1::2]) if shards else (names,), start=1):
+        name = f"pytorch_model-{index:05}-of-00002.bin" if shards else "pytorch_model.bin"
+        torch.save({key: stored[key] for key in part}, directory / name)
+    if shards:
+        weight_map = {name: f"pytorch_model-{i % 2 + 1:05}-of-00002.bin" for i, name in enumerate(names)}
+        (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
+@pytest.mark.parametrize("dtype", checkpoint.DTYPES)
+def test_pytorch_files_hold_what_safetensors_hold(tmp_path, dtype, shards):
+    model = random_model(ONE_LAYER["opt"], dtype)
+    save_bin(write(tmp_path, model, dtype), shards)
+    assert_equal(checkpoint.load_model(tmp_path, dtype), model)
+
+
+def test_weights_outlive_the_pytorch_file_they_are_mapped_from(broken):
+    """On a CPU an array may be a view of the memory that it is made from."""
+    expected = checkpoint.load_model(broken)
+    save_bin(broken)
+    model = checkpoint.load_model(broken)
+    with (broken / "pytorch_model.bin").open("r+b") as file:
+        file.write(bytes((broken / "pytorch_model.bin").stat().st_size))
+    assert_equal(model, expected)
+
+
+def test_safetensors_come_before_pytorch_files(broken):
+    (broken / "pytorch_model.bin").write_bytes(b"")
+    checkpoint.load_model(broken)
+
+
+def test_without_pytorch_its_files_are_one_clear_error(broken, monkeypatch):
+    (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: PyTorch is needed .* pip install torch"):
+        checkpoint.load_model(broken)
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "text", "directory changed", "not tensors"])
+def test_a_damaged_pytorch_file_is_named(broken, damage):
+    torch = pytest.importorskip("torch", reason="pytorch_model.bin needs PyTorch")
+    save_bin(broken)
+    path = broken / "pytorch_model.bin"
+    content = path.read_bytes()
+    if damage == "not tensors":
+        torch.save({"model.decoder.embed_tokens.weight": [1.0]}, path)
+    else:
+        path.write_bytes({
+            "empty": b"",
+            "truncated": content[:-100],
+            "text": b"version https://git-lfs.github.com/spec/v1\n",
+            "directory changed": content.replace(b"PK\1\2", b"PK\1\3"),
+        }[damage])  # fmt: skip
+    with pytest.raises(ValueError, match="not a readable PyTorch file") as error:
+        checkpoint.load_model(broken)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_tensor_of_a_pytorch_file_is_named(broken):
+    torch = pytest.importorskip("torch", reason="pytorch_model.bin needs PyTorch")
+    save_bin(broken)
+    stored = torch.load(broken / "pytorch_model.bin", weights_only=True)
+    name, _ = stored.popitem()
+    torch.save(stored, broken / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=f"tensor '{name}' is missing"):
+        checkpoint.load_model(broken)
+
+
+# Memory
+
+# VmHWM, since ru_maxrss begins with the size of the process that started this one.
+PEAK = """
+import re, sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from flax import nnx
+from kvpr_jax import checkpoint
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+directory = Path(sys.argv[1])
+checkpoint.read_config(directory)
+jax.block_until_ready(jnp.zeros(5) + 1)
+before = peak()
+model = checkpoint.load_model(directory)
+print(peak() - before - sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_loading_holds_no_more_than_a_shard_beside_the_model(tmp_path):
+    """Of 8 shards, equal but for the embeddings', all of which together would be twice the bound."""
+    config = dataclasses.replace(OPT, vocab_size=2000, num_layers=12, hidden_size=512, embed_size=512, num_heads=8,
+                                 num_kv_heads=8, head_dim=64, mlp_size=4096)  # fmt: skip
+    names = opt.checkpoint_names(config)
+    abstract = nnx.eval_shape(lambda: Model(config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
+    shapes = {"/".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(abstract))}
+    rng = np.random.default_rng(0)
+    stored = {
+        name: rng.random(entry.shape([shapes[path] for path in entry.paths]), np.float32)
+        for name, entry in names.items()
+        if entry.paths
+    }
+    (tmp_path / "config.json").write_text(json.dumps(hf_fields(config)))
+    (tmp_path / "model.safetensors").touch()
+    save_shards(stored, tmp_path, lambda index: index * 8 // len(stored))
+    shards = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
+    process = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    bound = max(shards) + 64 * 2**20  # for what JAX and the allocator keep
+    assert 2 * bound < sum(shards)
+    assert int(process.stdout) < bound
 
 
 # config.json
@@ -533,6 +684,49 @@ def test_a_hub_id_is_a_directory_if_there_is_one(monkeypatch, tmp_path, sound):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(sound, tmp_path / "owner" / "name")
     assert checkpoint.find("owner/name") == Path("owner/name")
+
+
+def test_the_hubs_cache_and_settings_are_used(sound, tmp_path):
+    """HF_HOME and HF_HUB_OFFLINE, which are read once in a process; and a branch, a commit, and neither."""
+    hub = tmp_path / "hub" / "models--owner--name"
+    commits = {"main": "1" * 40, "old": "2" * 40}
+    (hub / "refs").mkdir(parents=True)
+    for name, commit in commits.items():
+        shutil.copytree(sound, hub / "snapshots" / commit)
+        (hub / "refs" / name).write_text(commit)
+    script = """
+from kvpr_jax import checkpoint
+for revision in (None, "old", "1" * 40, "absent"):
+    print(checkpoint.find("owner/name", revision).name)
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert process.stdout.split() == ["1" * 40, "2" * 40, "1" * 40], process.stderr
+    assert "'owner/name' at revision 'absent'" in process.stderr
+
+
+@pytest.mark.parametrize("weights, downloads", [("model.safetensors", 1), ("pytorch_model.bin", 2)])
+def test_pytorch_files_are_downloaded_only_where_there_are_no_safetensors(monkeypatch, tmp_path, weights, downloads):
+    repository = {"config.json", "tokenizer.json", weights, "pytorch_model.bin", "training_args.bin", "tf_model.h5"}
+    seen = []
+
+    def snapshot_download(repo_id, *, revision, allow_patterns, ignore_patterns):
+        seen.append((repo_id, revision))
+        for name in filter_repo_objects(repository, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
+    assert checkpoint.find("owner/name", "v1") == tmp_path
+    assert seen == [("owner/name", "v1")] * downloads
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "tokenizer.json", weights}
+
+
+def test_load_takes_a_revision(monkeypatch, sound, tmp_path):
+    model = write_tokenizer(Path(shutil.copytree(sound, tmp_path / "model")))
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *_, revision, **__: str(model / revision / ".."))
+    (model / "v1").mkdir()
+    assert_equal(kvpr_jax.load("owner/name", revision="v1")[0], checkpoint.load_model(sound))
 
 
 @pytest.mark.parametrize("change", [

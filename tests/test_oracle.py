@@ -1,5 +1,6 @@
 """Against transformers while it runs: every way to hold the cache, whole texts, sampling, and the bundled model."""
 
+import argparse
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 import kvpr_jax
 from helpers import assert_close, greedy
-from kvpr_jax import checkpoint, scheduler, steps
+from kvpr_jax import checkpoint, evaluate, scheduler, steps
 from kvpr_jax.models import Model
 from kvpr_jax.runtime import Decoder
 from kvpr_jax.sampling import Sampling, allowed, prompt_keys
@@ -250,3 +251,27 @@ def test_a_text_ends_where_transformers_ends_it(bundled):
     outputs = kvpr_jax.generate(model, own_tokenizer, texts, max_new_tokens=make_golden.NEW_TOKENS, split="50%")
     assert [output.token_ids for output in outputs] == expected
     assert [output.finish_reason for output in outputs] == ["stop" if r[-1] == eos else "length" for r in expected]
+
+
+def their_nats(theirs, tokens: list[int], window: int) -> list[float]:
+    """-ln p of every token but the first; the second half of each window is scored given the first."""
+    half, nats = window // 2, []
+    while len(nats) < len(tokens) - 1:
+        scored = tokens[len(nats) + 1 :][:half]
+        given = tokens[: len(nats) + 1][-half:]
+        with torch.no_grad():
+            logits = theirs(torch.tensor([given + scored])).logits[0, len(given) - 1 : -1]
+        nats += torch.nn.functional.cross_entropy(logits, torch.tensor(scored), reduction="none").tolist()
+    return nats
+
+
+def test_perplexity_equals_that_of_transformers(bundled):
+    _, theirs, tokenizer = bundled
+    text = argparse.__doc__
+    nats = their_nats(theirs, tokenizer(text)["input_ids"], 128)
+    expected = np.exp(np.mean(nats)), np.sum(nats) / np.log(2) / len(text.encode())
+    model, own_tokenizer = kvpr_jax.load(make_golden.TINY, "float32")
+    for request in (Request("0"), *(Request(s, way) for s in ("50%", "100%") for way in ("project", "absorb"))):
+        score = evaluate.perplexity(model, own_tokenizer, text, window=128, batch=16, request=request)
+        np.testing.assert_allclose(score.nats, nats, rtol=0, atol=1e-3)
+        np.testing.assert_allclose((score.perplexity, score.bits_per_byte), expected, rtol=5e-5)

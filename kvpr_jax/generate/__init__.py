@@ -257,18 +257,22 @@ class Stream:
 
 
 def load(
-    model: str | Path = checkpoint.BUNDLED, dtype: str | None = None, progress: Progress | None = None
+    model: str | Path = checkpoint.BUNDLED,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+    revision: str | None = None,
 ) -> tuple[Model, Tokenizer]:
-    """A model and its tokenizer from a directory or a hub id in Hugging Face format; the bundled model by default.
+    """A model and its tokenizer from a directory or a hub id; the bundled model by default.
 
     Args:
         dtype: "float32", "bfloat16" or "float16"; None is the checkpoint's own, and float32 on a CPU.
         progress: called with (bytes read, bytes in all).
+        revision: branch, tag or commit of a hub id; None is its main branch.
 
     Raises:
         ValueError: there is no such model, it is of an unknown type, or its files are damaged; names which.
     """
-    directory = checkpoint.find(model)
+    directory = checkpoint.find(model, revision)
     return checkpoint.load_model(directory, dtype, progress), checkpoint.load_tokenizer(directory)
 
 

@@ -1,22 +1,19 @@
 """Command line: `python -m kvpr_jax.generate`. Text goes to stdout; the plan, progress and statistics to stderr."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import get_args
 
-import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from kvpr_jax import checkpoint, memory
+from kvpr_jax.command_line import FAILURE, INTERRUPTED, USAGE, Parser, Reporter, failing_with, run
+from kvpr_jax.command_line import Failure as Failure
 from kvpr_jax.engines import Engine
 from kvpr_jax.generate import Output, Stream, Until, encode
 from kvpr_jax.runtime import Decoder, plan_for, workload_of
@@ -25,12 +22,6 @@ from kvpr_jax.scheduler import OffloadMode, Plan, Request
 
 DEFAULT_PROMPT = "Open the file"
 DEMONSTRATION = shlex.split("--offload all --split 50% --temperature 0.6 --top-p 0.9 --max-new-tokens 200")
-USAGE, FAILURE, INTERRUPTED = 2, 1, 130
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"kvpr_jax.generate: error: {message}\n")
 
 
 def parser() -> Parser:
@@ -41,6 +32,7 @@ def parser() -> Parser:
     )
     add = parser.add_argument_group("model and prompts").add_argument
     add("--model", metavar="DIR_OR_HUB_ID", default=str(checkpoint.BUNDLED), help="default: the bundled model")
+    add("--revision", metavar="REVISION", help="branch, tag or commit of a hub model; default: main")
     add("--prompt", metavar="TEXT", action="append", default=[], help="may be given several times")
     add("--prompts", metavar="FILE", help='one a line, or JSON lines with a "prompt" key; - is stdin')
     add("--chat", action="store_true", help="use the tokenizer's chat template")
@@ -68,25 +60,6 @@ def parser() -> Parser:
     return parser
 
 
-class Failure(Exception):
-    """An error with the exit code it ends the command with."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-@contextlib.contextmanager
-def failing_with(code: int) -> Iterator[None]:
-    """Turns errors that the library explains into a `Failure` of this exit code."""
-    try:
-        yield
-    except MemoryError as error:
-        raise Failure(str(error), FAILURE) from error
-    except ValueError as error:
-        raise Failure(str(error), code) from error
-
-
 def read_prompts(path: str) -> list[str]:
     """Prompts of a file, one a line; JSON lines if it is named .jsonl or begins with a brace. Blank lines are skipped.
 
@@ -112,26 +85,6 @@ def read_prompts(path: str) -> list[str]:
         if not isinstance(prompts[-1], str):
             raise ValueError(f'prompts {path!r}, line {number}: no JSON object with a string "prompt": {line[:60]!r}')
     return prompts
-
-
-class Reporter:
-    """What is said on stderr: notes, and progress bars if it is a terminal."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
-
-    def note(self, text: str) -> None:
-        self.console.print(text, markup=False)
-
-    @contextlib.contextmanager
-    def bar(self, description: str) -> Iterator[Any]:
-        """A function of (done, total) that draws a bar, which is gone afterwards."""
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        hidden = self.quiet or not self.console.is_terminal
-        with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
-            task = progress.add_task(description, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def describe(plan: Plan) -> str:
@@ -202,7 +155,7 @@ def execute(arguments: argparse.Namespace) -> int:
         prompts = prompts or [DEFAULT_PROMPT]
     report = Reporter(arguments.quiet)
     with failing_with(FAILURE):
-        directory = checkpoint.find(arguments.model)
+        directory = checkpoint.find(arguments.model, arguments.revision)
         config, hf = checkpoint.read_config(directory)
         tokenizer = checkpoint.load_tokenizer(directory)
     dtype = jnp.dtype(arguments.dtype or checkpoint.default_dtype(hf))
@@ -216,7 +169,7 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         print(json.dumps(result) if arguments.json else describe(plan))
         return 0
-    with failing_with(FAILURE), report.bar("Loading the model") as progress:
+    with failing_with(FAILURE), report.bar("Loading the model", in_bytes=True) as progress:
         decoder = Decoder(checkpoint.load_model(directory, dtype.name, progress))
     report.note(describe(plan))
     with report.bar("Reading the prompt") as progress:
@@ -246,24 +199,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = parser().parse_args(argv or DEMONSTRATION)
-    try:
+
+    def command() -> int:
         if not argv:
             Reporter(quiet=False).note(f"no arguments: running with {shlex.join(DEMONSTRATION)}; --help lists them all")
-        code = execute(arguments)
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except (Failure, jax.errors.JaxRuntimeError) as error:  # JAX's: memory beyond what was planned, a lost device
-        if arguments.debug:
-            raise
-        print(f"kvpr_jax.generate: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return error.code if isinstance(error, Failure) else FAILURE
-    except OSError as error:  # stdout: a full disk, or a reader that has gone, as in `… | head`, which is no error
-        if not isinstance(error, BrokenPipeError):
-            print(f"kvpr_jax.generate: error: the output cannot be written: {error}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
+        return execute(arguments)
+
+    return run("kvpr_jax.generate", command, arguments.debug)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,95 @@
+"""What the command lines share: exit codes, one line an error, notes and progress bars on stderr."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import jax
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
+
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line each."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog.removeprefix('python -m ')}: error: {message}\n")
+
+
+class Failure(Exception):
+    """An error with the exit code it ends the command with."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@contextlib.contextmanager
+def failing_with(code: int) -> Iterator[None]:
+    """Turns errors that the library explains into a `Failure` of this exit code."""
+    try:
+        yield
+    except MemoryError as error:
+        raise Failure(str(error), FAILURE) from error
+    except ValueError as error:
+        raise Failure(str(error), code) from error
+
+
+def run(module: str, command: Callable[[], int], debug: bool = False) -> int:
+    """Carry out a command and return the exit code; what it fails with is one line on stderr.
+
+    Args:
+        module: what the line begins with.
+        debug: whether errors are raised instead.
+    """
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (Failure, jax.errors.JaxRuntimeError) as error:  # JAX's: memory beyond what was planned, a lost device
+        if debug:
+            raise
+        print(f"{module}: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return error.code if isinstance(error, Failure) else FAILURE
+    except OSError as error:  # stdout: a full disk, or a reader that has gone, as in `… | head`, which is no error
+        if not isinstance(error, BrokenPipeError):
+            print(f"{module}: error: the output cannot be written: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+
+
+class Reporter:
+    """What is said on stderr: notes, and progress bars if it is a terminal."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    @contextlib.contextmanager
+    def bar(self, description: str, in_bytes: bool = False) -> Iterator[Any]:
+        """A function of (done, total) that draws a bar, which is gone afterwards."""
+        amount: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()] if in_bytes else [TaskProgressColumn()]
+        columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeElapsedColumn())
+        hidden = self.quiet or not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
+            task = progress.add_task(description, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,55 @@
+"""What every benchmark writes beside its figures: the machine, the versions, a table, one JSON file."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kvpr_jax._version import __version__
+from kvpr_jax.profiling import profile
+
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers")
+
+
+def header(module: str, argv: Sequence[str]) -> dict[str, Any]:
+    """The command, the day, the machine and the versions."""
+    return {
+        "command": f"python -m kvpr_jax.profiling.{module} {shlex.join(argv)}",
+        "date": datetime.date.today().isoformat(),
+        "machine": {
+            "device": jax.local_devices()[0].device_kind,
+            "driver": profile.driver(),
+            "cores": os.cpu_count(),
+            "system": platform.platform(),
+        },
+        "versions": {"kvpr_jax": __version__, "python": platform.python_version()} | installed(),
+    }
+
+
+def installed() -> dict[str, str]:
+    """Versions of those of `PACKAGES` that are installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def table(rows: Sequence[dict[str, str]]) -> str:
+    """A Markdown table; the first row's keys are the heading."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
