@@ -7,7 +7,9 @@ mapped files and moved to the device one by one, so that the host holds about on
 import json
 import re
 import zipfile
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,18 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jax.sharding import SingleDeviceSharding
 
-from kvpr_jax import converted
+from kvpr_jax import converted, memory
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.converted import Progress, Shapes
-from kvpr_jax.models import Model, architecture
+from kvpr_jax.models import Model, abstract, architecture
+from kvpr_jax.models.names import Stored
 
 BUNDLED = Path(__file__).parent / "models" / "tiny"
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or shards, with an index: model.safetensors.index.json
 OTHER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+ON_THEIR_WAY = 4  # tensors that are copied to the device at once
 # Constants that old checkpoints store: frequencies of rotary embeddings, causal masks.
 NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 
@@ -128,8 +132,8 @@ def default_dtype(hf: Any) -> str:
 
 def weights_bytes(config: ModelConfig, dtype: jnp.dtype) -> int:
     """Bytes of the model's parameters, without making any."""
-    abstract = nnx.eval_shape(lambda: Model(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(abstract)))
+    leaves = jax.tree.leaves(nnx.state(abstract(config, dtype)))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def load_model(directory: Path, dtype: str | None = None, progress: Progress | None = None) -> Model:
@@ -148,8 +152,7 @@ def load_model(directory: Path, dtype: str | None = None, progress: Progress | N
     dtype = dtype or default_dtype(hf)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not known; known: {', '.join(DTYPES)}")
-    abstract = nnx.eval_shape(lambda: Model(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract)
+    graphdef, state = nnx.split(abstract(config, jnp.dtype(dtype)))
     wanted = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     device = SingleDeviceSharding(jax.local_devices()[0])
     shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for path, leaf in wanted.items()}
@@ -165,17 +168,51 @@ def load_model(directory: Path, dtype: str | None = None, progress: Progress | N
 def _read(
     directory: Path, config: ModelConfig, shapes: Shapes, progress: Progress | None
 ) -> Iterator[tuple[str, jax.Array]]:
-    """The parameters of a checkpoint in Hugging Face format by their paths, as they come to the device."""
+    """The parameters of a checkpoint in Hugging Face format by their paths, as they come to the device.
+
+    A few tensors are on their way at once: pages of a mapped file are slow to touch one after the other.
+    """
+    with ThreadPoolExecutor(ON_THEIR_WAY) as pool:
+        waiting: deque[tuple[Stored, Future[list[jax.Array]], int]] = deque()
+        tensors, total = _checked(directory, config, shapes), sum(path.stat().st_size for path in _files(directory))
+        done = 0
+        while True:
+            following = next(tensors, None)
+            if following is not None:
+                entry, tensor = following
+                waiting.append((entry, pool.submit(_placed, entry, tensor, shapes), tensor.nbytes))
+            if not waiting:
+                return
+            if following is None or len(waiting) > ON_THEIR_WAY:
+                entry, placed, nbytes = waiting.popleft()
+                yield from zip(entry.paths, placed.result(), strict=True)
+                done += nbytes
+                if progress is not None:
+                    progress(min(done, total), total)
+
+
+def _placed(entry: Stored, tensor: np.ndarray, shapes: Shapes) -> list[jax.Array]:
+    """The parameters in a tensor, on the device: finished copies, since `tensor` is a view of a mapped file."""
+    wanted = [shapes[path] for path in entry.paths]
+    if memory.device_memory_is_host_memory():
+        parts = zip(entry.unpack(tensor), wanted, strict=True)
+        arrays = [jnp.array(part, dtype=shape.dtype) for part, shape in parts]
+    else:  # as it lies in the file: the device transposes faster
+        parts = zip(entry.unpack(jax.device_put(tensor, wanted[0].sharding)), wanted, strict=True)
+        arrays = [part.astype(shape.dtype) for part, shape in parts]
+    return jax.block_until_ready(arrays)
+
+
+def _checked(directory: Path, config: ModelConfig, shapes: Shapes) -> Iterator[tuple[Stored, np.ndarray]]:
+    """The tensors that make up the model, each once and in the shape that it must have."""
     module = architecture(config.model_type)
     names = module.checkpoint_names(config)
     covered = [path for entry in names.values() for path in entry.paths]
     assert sorted(shapes) == sorted(covered), "checkpoint_names does not cover the module"
-    files = _files(directory)
-    total, done, seen = sum(path.stat().st_size for path in files), 0, set()
-    for path, promised in files.items():
+    seen = set()
+    for path, promised in _files(directory).items():
         for stored, tensor in _tensors(path):
             promised.discard(stored)
-            done += tensor.nbytes
             name = stored if stored in names else module.BASE + stored  # saved as the base model, without its head
             if NOT_WEIGHTS.search(name):
                 continue
@@ -194,12 +231,7 @@ def _read(
                 raise ValueError(
                     f"{path}: tensor {stored!r} has shape {list(tensor.shape)}; config.json asks for {list(shape)}"
                 )
-            for target, parameter in zip(entry.paths, entry.unpack(tensor), strict=True):
-                # A copy, since on a CPU the array could be a view of the file; and a finished one, so that copies do
-                # not queue up in host memory.
-                yield target, jax.block_until_ready(jnp.array(parameter, dtype=shapes[target].dtype))
-            if progress is not None:
-                progress(min(done, total), total)
+            yield entry, tensor
         if promised:
             raise ValueError(f"{path}: tensor {min(promised)!r} is missing, which the index says is there")
     missing = sorted(name for name, entry in names.items() if entry.paths and name not in seen)
@@ -252,12 +284,26 @@ def _tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Views of the mapped file: the library checks it, but would copy each tensor."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118 (a safetensors file, not a dict)
-                yield name, file.get_tensor(name)
-    except (safetensors.SafetensorError, OSError) as error:
+            names = list(file.keys())
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            data = np.memmap(path, np.uint8, mode="r", offset=file.tell()) if names else np.empty(0, np.uint8)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    for name in names:
+        begin, end = header[name]["data_offsets"]
+        yield name, data[begin:end].view(_numpy_dtype(header[name]["dtype"])).reshape(header[name]["shape"])
+
+
+def _numpy_dtype(name: str) -> np.dtype:
+    """The dtype that safetensors calls "F32", "BF16", "I64" …; single bytes for those that NumPy does not know."""
+    try:
+        return np.dtype(jnp.bfloat16) if name == "BF16" else np.dtype(f"{name[0].lower()}{int(name[1:]) // 8}")
+    except (TypeError, ValueError):
+        return np.dtype(np.uint8)
 
 
 def _pytorch(path: Path) -> Iterator[tuple[str, np.ndarray]]:

@@ -4,6 +4,7 @@ Each architecture file has the same parts in the same order: `Config` (with `fro
 what its checkpoints look like: `BASE`, the prefix of all tensors but the head's, and `checkpoint_names`.
 """
 
+import dataclasses
 from types import ModuleType
 
 import jax.numpy as jnp
@@ -65,3 +66,12 @@ class Model(nnx.Module):
         for layer in self.layers:
             h, _ = layer(h, (), place, split=0, recompute="project", chunk=CHUNK)
         return self.embedder.decode(h)
+
+
+def abstract(config: ModelConfig, dtype: jnp.dtype) -> Model:
+    """A model that holds shapes in place of arrays. Only its first layer is traced: the others are alike."""
+    one = dataclasses.replace(config, num_layers=1)
+    model = nnx.eval_shape(lambda: Model(one, dtype=dtype, rngs=nnx.Rngs(0)))
+    model.config = config
+    model.layers = nnx.List([nnx.clone(model.layers[0]) for _ in range(config.num_layers)])
+    return model

@@ -5,10 +5,13 @@ those of a layer.
 """
 
 import dataclasses
+from typing import TypeVar
 
+import jax
 import numpy as np
 
 Shape = tuple[int, ...]
+ArrayT = TypeVar("ArrayT", np.ndarray, jax.Array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +34,12 @@ class Stored:
         shape = (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
         return shape[::-1] if self.transposed else shape
 
-    def unpack(self, tensor: np.ndarray) -> list[np.ndarray]:
-        """The parameters in a tensor, in the order of `paths`."""
+    def unpack(self, tensor: ArrayT) -> list[ArrayT]:
+        """The parameters in a tensor, of NumPy or of JAX, in the order of `paths`."""
         tensor, count = tensor.T if self.transposed else tensor, len(self.paths)
         if not self.heads:
-            return np.split(tensor, count, axis=-1)
+            width = tensor.shape[-1] // count
+            return [tensor[..., index * width : (index + 1) * width] for index in range(count)]
         by_head = tensor.reshape(*tensor.shape[:-1], self.heads, count, -1)
         return [by_head[..., index, :].reshape(*tensor.shape[:-1], -1) for index in range(count)]
 

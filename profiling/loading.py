@@ -21,7 +21,7 @@ import safetensors.numpy
 from flax import nnx
 
 from kvpr_jax import checkpoint, convert
-from kvpr_jax.models import Model, architecture, released
+from kvpr_jax.models import abstract, architecture, released
 from kvpr_jax.profiling import report
 
 SHARD_BYTES = 4 * 10**9
@@ -35,8 +35,8 @@ def write_checkpoint(model: str, directory: Path) -> None:
     config, hf = release.config, release.hf
     hf.dtype = "bfloat16"
     hf.save_pretrained(directory)
-    shapes = nnx.eval_shape(lambda: Model(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    leaves = {"/".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(shapes))}
+    state = nnx.state(abstract(config, jnp.dtype(jnp.bfloat16)))
+    leaves = {"/".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
     rng, shard, held, weight_map = np.random.default_rng(0), {}, 0, {}
 
     def flush() -> None:
