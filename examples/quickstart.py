@@ -7,7 +7,7 @@ import kvpr_jax
 
 model, tokenizer = kvpr_jax.load()  # or a directory, or a hub id such as "facebook/opt-1.3b"
 
-prompts = ["Open the file", "Return True if"]
+prompts = ["Open a file and", "Create an event loop"]
 stream = kvpr_jax.stream(
     model, tokenizer, prompts, max_new_tokens=60, temperature=0.6, top_p=0.9, offload="all", split="50%"
 )

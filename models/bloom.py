@@ -52,9 +52,6 @@ class DecoderLayer(decoder.DecoderLayer):
         self.mlp_norm = layers.layer_norm(config, dtype=dtype, rngs=rngs)
         self.mlp = layers.MLP(config, bias=True, dtype=dtype, rngs=rngs)
 
-    def read(self, h: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
-        return self.attention_norm(h)
-
     def write(
         self, h: Float[Array, "B Q D"], x: Float[Array, "B Q D"], attended: Float[Array, "B Q D"]
     ) -> Float[Array, "B Q D"]:

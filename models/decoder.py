@@ -1,7 +1,5 @@
 """What every architecture's decoder layer and embedder have in common; an architecture adds its norms and residuals."""
 
-from abc import abstractmethod
-
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -13,22 +11,27 @@ from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
 
 class DecoderLayer(nnx.Module):
-    """One layer: attention over the cache and the new tokens, then the MLP.
+    """One layer: attention over the cache and the new tokens, then the MLP, each behind a norm and beside a residual.
 
-    An architecture says what attention reads (`read`) and what becomes of what it gives (`write`).
+    An architecture makes the modules. Where its norms or residuals are others, it says what attention reads (`read`)
+    or what becomes of what it gives (`write`).
     """
 
+    attention_norm: nnx.Module
     attention: Attention
+    mlp_norm: nnx.Module
+    mlp: nnx.Module
 
-    @abstractmethod
     def read(self, h: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
         """The input of the query, key and value projections: what the cache holds of a token as activations."""
+        return self.attention_norm(h)
 
-    @abstractmethod
     def write(
         self, h: Float[Array, "B Q D"], x: Float[Array, "B Q D"], attended: Float[Array, "B Q D"]
     ) -> Float[Array, "B Q D"]:
         """The layer's output, from its input `h`, from x = read(h) and from what attention made of x."""
+        h = h + attended
+        return h + self.mlp(self.mlp_norm(h))
 
     def __call__(
         self,

@@ -49,15 +49,6 @@ class DecoderLayer(decoder.DecoderLayer):
         self.mlp_norm = layers.layer_norm(config, dtype=dtype, rngs=rngs)
         self.mlp = layers.MLP(config, bias=True, dtype=dtype, rngs=rngs)
 
-    def read(self, h: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
-        return self.attention_norm(h)
-
-    def write(
-        self, h: Float[Array, "B Q D"], x: Float[Array, "B Q D"], attended: Float[Array, "B Q D"]
-    ) -> Float[Array, "B Q D"]:
-        h = h + attended
-        return h + self.mlp(self.mlp_norm(h))
-
 
 class Embedder(decoder.Embedder):
     def __init__(self, config: Config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:

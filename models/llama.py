@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 import transformers
 from flax import nnx
-from jaxtyping import Array, Float
 
 from kvpr_jax.config import ModelConfig, common_fields, width_of_heads
 from kvpr_jax.models import decoder, layers, names
@@ -86,15 +85,6 @@ class DecoderLayer(decoder.DecoderLayer):
         self.attention = attention(config, dtype, rngs)
         self.mlp_norm = layers.rms_norm(config, dtype=dtype, rngs=rngs)
         self.mlp = layers.GatedMLP(config, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-
-    def read(self, h: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
-        return self.attention_norm(h)
-
-    def write(
-        self, h: Float[Array, "B Q D"], x: Float[Array, "B Q D"], attended: Float[Array, "B Q D"]
-    ) -> Float[Array, "B Q D"]:
-        h = h + attended
-        return h + self.mlp(self.mlp_norm(h))
 
 
 class Embedder(decoder.Embedder):

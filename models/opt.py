@@ -64,15 +64,14 @@ class DecoderLayer(decoder.DecoderLayer):
         self.mlp = layers.MLP(config, bias=config.bias, dtype=dtype, rngs=rngs)
 
     def read(self, h: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
-        return self.attention_norm(h) if self.norm_first else h
+        return super().read(h) if self.norm_first else h
 
     def write(
         self, h: Float[Array, "B Q D"], x: Float[Array, "B Q D"], attended: Float[Array, "B Q D"]
     ) -> Float[Array, "B Q D"]:
-        h = h + attended
         if self.norm_first:
-            return h + self.mlp(self.mlp_norm(h))
-        h = self.attention_norm(h)
+            return super().write(h, x, attended)
+        h = self.attention_norm(h + attended)
         return self.mlp_norm(h + self.mlp(h))
 
 

@@ -44,12 +44,9 @@ class Config(ModelConfig):
 
 class DecoderLayer(decoder.DecoderLayer):
     def __init__(self, config: Config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.norm = layers.layer_norm(config, dtype=dtype, rngs=rngs)
+        self.attention_norm = layers.layer_norm(config, dtype=dtype, rngs=rngs)
         self.attention = Attention(config, bias=True, out_bias=True, rope=config.rope, dtype=dtype, rngs=rngs)
         self.mlp = layers.MLP(config, bias=True, dtype=dtype, rngs=rngs)
-
-    def read(self, h: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
-        return self.norm(h)
 
     def write(
         self, h: Float[Array, "B Q D"], x: Float[Array, "B Q D"], attended: Float[Array, "B Q D"]
@@ -69,7 +66,7 @@ BASE = "model."
 
 def checkpoint_names(config: Config) -> names.Names:
     layer = (
-        names.norm("input_layernorm", "norm", bias=True)
+        names.norm("input_layernorm", "attention_norm", bias=True)
         | names.linear("self_attn.q_proj", "attention/q")
         | names.linear("self_attn.k_proj", "attention/k")
         | names.linear("self_attn.v_proj", "attention/v")

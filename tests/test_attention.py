@@ -1,5 +1,8 @@
 """Segment attention against `jax.nn.dot_product_attention` over the whole, for any cut into segments of either form."""
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,19 +13,19 @@ from hypothesis import strategies as st
 
 from helpers import LLAMA, OPT, assert_close
 from kvpr_jax.models.attention import Attention, attend, visible
-from kvpr_jax.models.layers import in_chunks
-from kvpr_jax.models.positions import Rope
+from kvpr_jax.models.layers import in_chunks, rms_norm
+from kvpr_jax.models.positions import Rope, alibi_slopes
 from kvpr_jax.segments import Activations, KeysValues, Place
 
 TOKENS, BATCH = 12, 3
+F32, RNGS = jnp.dtype("float32"), nnx.Rngs(0)
 
 
-def attention(config, bias: bool, rope: Rope | None, window: int | None = None, dtype: str = "float32") -> Attention:
+def attention(config, bias: bool, options: dict, dtype: str = "float32") -> Attention:
     """Random weights and, where there are any, random biases."""
     module = Attention(
-        config, scale=0.3, bias=bias, out_bias=bias, rope=rope, window=window,
-        dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0),
-    )  # fmt: skip
+        config, scale=0.3, bias=bias, out_bias=bias, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0), **options
+    )
     graphdef, state = nnx.split(module)
     key = jax.random.key(1)
     state = jax.tree.map(lambda a: (0.5 * jax.random.normal(key, a.shape)).astype(dtype), state)
@@ -39,8 +42,11 @@ def oracle(module: Attention, x, slots, start):
     mask = np.arange(TOKENS)[None, :] >= (np.zeros(BATCH, int) if start is None else np.asarray(start))[:, None]
     if module.window is not None:
         mask &= np.arange(TOKENS)[None, :] > TOKENS - 1 - module.window
+    distance = np.arange(TOKENS, dtype=np.float32) - (TOKENS - 1)
+    slopes = np.zeros(q.shape[2] * q.shape[3], np.float32) if module.slopes is None else np.array(module.slopes)
     out = jax.nn.dot_product_attention(
         q.reshape(BATCH, 1, -1, module.head_dim), module.keys(x, positions), module.values(x),
+        bias=jnp.asarray(slopes[:, None] * distance, jnp.float32)[None, :, None],
         mask=jnp.asarray(mask)[:, None, None], scale=1.0,
     )  # fmt: skip
     return module.o(out.reshape(BATCH, 1, -1))
@@ -59,13 +65,17 @@ def over_segments(module, x, slots, start, cuts, forms, recompute):
     return module(new, module.remember(new, place), tuple(segments[::-1]), place, recompute)
 
 
+GROUPED = dataclasses.replace(LLAMA, num_kv_heads=2)
 CASES = {
-    "opt": (OPT, True, None, None),
-    "without biases": (OPT, False, None, None),
-    "rope": (LLAMA, False, Rope(10, theta=50.0), None),
-    "rope and biases": (LLAMA, True, Rope(10, theta=50.0), None),
-    "grouped": (LLAMA.__class__(**(vars(LLAMA) | {"num_kv_heads": 2})), True, Rope(10), None),
-    "window": (OPT, True, None, 5),
+    "opt": (OPT, True, {}),
+    "without biases": (OPT, False, {}),
+    "rope": (LLAMA, False, {"rope": Rope(10, theta=50.0)}),
+    "rope and biases": (LLAMA, True, {"rope": Rope(10, theta=50.0)}),
+    "grouped": (GROUPED, True, {"rope": Rope(10)}),
+    "partly rotated": (GROUPED, True, {"rope": Rope(4, theta=50.0)}),
+    "key norm": (GROUPED, False, {"rope": Rope(10), "norm": partial(rms_norm, LLAMA, dtype=F32, rngs=RNGS)}),
+    "alibi": (OPT, True, {"slopes": alibi_slopes(4)}),
+    "window": (OPT, True, {"window": 5}),
 }
 
 
@@ -79,8 +89,8 @@ CASES = {
     seed=st.integers(0, 99),
 )
 def test_any_cut_into_segments_equals_attention_over_the_whole(name, recompute, cuts, forms, starts, seed):
-    config, bias, rope, window = CASES[name]
-    module = attention(config, bias, rope, window)
+    config, bias, options = CASES[name]
+    module = attention(config, bias, options)
     x = jax.random.normal(jax.random.key(seed), (BATCH, TOKENS, config.hidden_size))
     slots, start = jnp.arange(TOKENS), None if starts is None else jnp.asarray(starts)
     with jax.default_matmul_precision("highest"):
@@ -90,8 +100,8 @@ def test_any_cut_into_segments_equals_attention_over_the_whole(name, recompute, 
 
 @pytest.mark.parametrize("name", ["opt", "rope and biases"])
 def test_bfloat16_activations_are_no_worse_than_bfloat16_keys_and_values(name):
-    config, bias, rope, window = CASES[name]
-    module = attention(config, bias, rope, window, dtype="bfloat16")
+    config, bias, options = CASES[name]
+    module = attention(config, bias, options, dtype="bfloat16")
     slots = jnp.arange(TOKENS)
     errors = {"keys and values": [], "project": [], "absorb": []}
     for seed in range(8):
@@ -111,8 +121,8 @@ def test_bfloat16_activations_are_no_worse_than_bfloat16_keys_and_values(name):
 @pytest.mark.parametrize("chunk", [12, 5, 4, 1])
 @pytest.mark.parametrize("name", CASES)
 def test_a_prompt_in_chunks_of_queries_equals_token_by_token(name, chunk, ragged):
-    config, bias, rope, window = CASES[name]
-    module = attention(config, bias, rope, window)
+    config, bias, options = CASES[name]
+    module = attention(config, bias, options)
     x = jax.random.normal(jax.random.key(7), (BATCH, TOKENS, config.hidden_size))
     slots, start = jnp.arange(TOKENS), jnp.array([0, 3, 7]) if ragged else None
     whole = module.remember(x, Place(slots, start))
@@ -131,7 +141,7 @@ def test_a_prompt_in_chunks_of_queries_equals_token_by_token(name, chunk, ragged
 
 def test_slots_not_written_yet_do_not_count():
     """A tail that is half full of numbers which would win every softmax."""
-    module = attention(OPT, True, None)
+    module = attention(OPT, True, {})
     x = jax.random.normal(jax.random.key(3), (BATCH, TOKENS, OPT.hidden_size))
     slots = jnp.arange(TOKENS)
     written = module.remember(x[:, :6], Place(slots[:6], None))
@@ -148,7 +158,7 @@ def test_slots_not_written_yet_do_not_count():
 
 
 def test_a_sequence_that_sees_only_itself_stays_finite():
-    module = attention(OPT, True, None)
+    module = attention(OPT, True, {})
     x = jax.random.normal(jax.random.key(3), (1, 4, OPT.hidden_size))
     slots, start = jnp.arange(4), jnp.array([3])
     out = module(x, module.remember(x, Place(slots, start)), (), Place(slots, start), "project")
@@ -167,3 +177,12 @@ def test_visible_is_causal_padded_and_windowed():
     seen = visible(jnp.array([3, 4]), jnp.arange(5), jnp.array([0, 2]), 3)
     expected = [[[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]], [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]]
     np.testing.assert_array_equal(seen, np.array(expected, bool))
+
+
+@pytest.mark.parametrize("heads, slopes", [
+    (4, [1 / 4, 1 / 16, 1 / 64, 1 / 256]),
+    (6, [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]),
+    (8, [2.0**-n for n in range(1, 9)]),
+])  # fmt: skip
+def test_alibi_slopes_are_the_papers(heads, slopes):
+    np.testing.assert_allclose(alibi_slopes(heads), slopes, rtol=1e-12)

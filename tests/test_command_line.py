@@ -18,7 +18,7 @@ from test_checkpoint import change_config, write, write_tokenizer
 
 import kvpr_jax
 from helpers import OPT, random_model
-from kvpr_jax import Decoder, checkpoint, memory, stream
+from kvpr_jax import Decoder, checkpoint, command_line, memory, stream
 
 cli = importlib.import_module("kvpr_jax.generate.__main__")
 
@@ -427,7 +427,7 @@ def test_too_little_memory_is_told_with_both_figures_and_the_flags(run, monkeypa
 
 
 def test_debug_shows_the_traceback_of_what_went_wrong(run):
-    with pytest.raises(cli.Failure, match="split 999") as error:
+    with pytest.raises(command_line.Failure, match="split 999") as error:
         run("--prompt", PROMPT, "--split", "999", "--debug")
     assert isinstance(error.value.__cause__, ValueError)
 

@@ -31,7 +31,9 @@ SEED = 77  # of the checkpoints; none of the golden ones
 LENGTHS = (19, 5, 1, 12)
 EDGE, PROMPT = 16, 19  # the bucket edge within the longest prompt, and its length
 ENGINES = ("overlapped", "sequential")
-WHOLE_GRID = ("opt", "opt-350m", "llama", "mistral")
+WHOLE_GRID = (
+    "opt", "opt-350m", "llama", "mistral", "gpt2", "gpt-neox", "phi", "bloom", "gemma", "olmo2", "qwen2", "qwen3",
+)  # fmt: skip
 
 # Name, split, recompute, tokens of the tail. With split 0 there are no activations for `recompute` to apply to.
 # 19 tokens are fed: tails of 4 are flushed four times and merged, of 5 three times, of 7 twice.

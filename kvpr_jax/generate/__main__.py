@@ -13,14 +13,13 @@ import jax.numpy as jnp
 
 from kvpr_jax import checkpoint, memory
 from kvpr_jax.command_line import FAILURE, INTERRUPTED, USAGE, Parser, Reporter, failing_with, run
-from kvpr_jax.command_line import Failure as Failure
 from kvpr_jax.engines import Engine
 from kvpr_jax.generate import Output, Stream, Until, encode
 from kvpr_jax.runtime import Decoder, plan_for, workload_of
 from kvpr_jax.sampling import Sampling
 from kvpr_jax.scheduler import OffloadMode, Plan, Request
 
-DEFAULT_PROMPT = "Open the file"
+DEFAULT_PROMPT = "Open a file and"
 DEMONSTRATION = shlex.split("--offload all --split 50% --temperature 0.6 --top-p 0.9 --max-new-tokens 200")
 
 
