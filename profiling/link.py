@@ -9,26 +9,27 @@ from kvpr_jax.segments import Activations
 MIB = 2**20
 SIZES = (MIB, 4 * MIB, 16 * MIB, 64 * MIB)
 IN_FLIGHT = 4  # copies issued together, as the engine does
+LARGE, MANY_IN_FLIGHT = 256 * MIB, 16  # what shows all of a GPU's bandwidth
 
 
-def copy_times(to_device: bool, sizes: tuple[int, ...] = SIZES, in_flight: int = IN_FLIGHT) -> list[tuple[int, float]]:
-    """(bytes, seconds) of one copy of each size, of several in flight, in either direction."""
-    times = []
-    for size in sizes:
-        tokens = size // jnp.dtype(jnp.float32).itemsize
-        here = Activations(jnp.ones((1, tokens, 1), jnp.float32), jnp.arange(tokens, dtype=jnp.int32))
-        source = memory.to_host(here) if to_device else here
-        copy = memory.fetched if to_device else memory.to_host
-        seconds = median_s(lambda source=source, copy=copy: [copy(source).x for _ in range(in_flight)])
-        times.append((size, seconds / in_flight))
-    return times
+def copy_times(to_device: bool) -> list[tuple[int, float]]:
+    """(bytes, seconds) of one copy of each of `SIZES`, of several in flight, in either direction."""
+    return [(size, copy_s(to_device, size, IN_FLIGHT)) for size in SIZES]
+
+
+def copy_s(to_device: bool, size: int, in_flight: int) -> float:
+    """Seconds of one copy of `size` bytes, of so many in flight."""
+    tokens = size // jnp.dtype(jnp.float32).itemsize
+    here = Activations(jnp.ones((1, tokens, 1), jnp.float32), jnp.arange(tokens, dtype=jnp.int32))
+    source = memory.to_host(here) if to_device else here
+    copy = memory.fetched if to_device else memory.to_host
+    return median_s(lambda: [copy(source).x for _ in range(in_flight)]) / in_flight
 
 
 def gb_per_s() -> float:
     """1e9 bytes a second from pinned host memory to the device, of many large copies."""
-    size = 2**28 if not memory.device_memory_is_host_memory() else SIZES[-1]
-    ((_, seconds),) = copy_times(to_device=True, sizes=(size,), in_flight=16)
-    return size / seconds / 1e9
+    size = SIZES[-1] if memory.device_memory_is_host_memory() else LARGE
+    return size / copy_s(True, size, MANY_IN_FLIGHT) / 1e9
 
 
 def line(times: list[tuple[int, float]]) -> tuple[float, float]:

@@ -9,10 +9,16 @@ import pytest
 
 import helpers
 from kvpr_jax import checkpoint
-from kvpr_jax.profiling import decode
+from kvpr_jax.profiling import decode, link, matmul
 from kvpr_jax.runtime import Decoder
 
 SETTING = ["--layers", "2", "--batch", "2", "--prompt", "9", "--new-tokens", "3", "--dtype", "float32"]
+
+
+@pytest.fixture(autouse=True)
+def _small_measurements(monkeypatch):
+    monkeypatch.setattr(link, "SIZES", (2**16, 2**20))
+    monkeypatch.setattr(matmul, "SHAPES", ((256, 128, 64),))
 
 
 def test_the_report_holds_every_trial_and_the_bytes_of_each_split(tmp_path, capsys):

@@ -379,8 +379,8 @@ def broken(directory, tmp_path):
 
 
 def test_an_unsupported_model_is_named(run, broken):
-    change_config(broken, model_type="gpt2")
-    expect_error(run("--model", broken), 1, "model_type 'gpt2'", "llama", "mistral", "opt")
+    change_config(broken, model_type="t5")
+    expect_error(run("--model", broken), 1, "model_type 't5'", "llama", "mistral", "opt")
 
 
 def test_a_config_that_is_absent_or_no_config_is_named(run, broken):
