@@ -1,6 +1,7 @@
 """Set-up for all tests: a CPU, cheap compilation, strict numerics, a machine profile that is given, not measured."""
 
 import importlib.metadata
+import itertools
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -18,6 +19,8 @@ import pytest
 from helpers import profile
 from kvpr_jax.profiling import profile as profiles
 
+TESTS = itertools.count(1)  # run so far in this process
+
 
 @pytest.fixture(autouse=True)
 def _strict_numerics():
@@ -33,8 +36,12 @@ def _given_profile(monkeypatch, tmp_path):
     monkeypatch.setattr(profiles, "load_or_measure", lambda config, dtype, batch: profile())
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def _free_compiled_code():
-    """Compiled functions of one module are of no use to the next, and their number is limited by the system."""
+    """The system limits the memory maps of a process, and compiled functions take several each.
+
+    Few are of use to another test, so all of them are given up from time to time.
+    """
     yield
-    jax.clear_caches()
+    if next(TESTS) % 24 == 0:
+        jax.clear_caches()
