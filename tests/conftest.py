@@ -43,5 +43,5 @@ def _free_compiled_code():
     Few are of use to another test, so all of them are given up from time to time.
     """
     yield
-    if next(TESTS) % 24 == 0:
+    if next(TESTS) % 48 == 0:
         jax.clear_caches()

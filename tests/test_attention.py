@@ -81,7 +81,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("recompute", ["project", "absorb"])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     cuts=st.lists(st.integers(1, TOKENS - 2), max_size=3),
     forms=st.lists(st.booleans(), min_size=4, max_size=4),
