@@ -174,8 +174,8 @@ def _read(
     """
     with ThreadPoolExecutor(ON_THEIR_WAY) as pool:
         waiting: deque[tuple[Stored, Future[list[jax.Array]], int]] = deque()
-        tensors, total = _checked(directory, config, shapes), sum(path.stat().st_size for path in _files(directory))
-        done = 0
+        files = _files(directory)
+        tensors, total, done = _checked(files, directory, config, shapes), sum(p.stat().st_size for p in files), 0
         while True:
             following = next(tensors, None)
             if following is not None:
@@ -203,14 +203,16 @@ def _placed(entry: Stored, tensor: np.ndarray, shapes: Shapes) -> list[jax.Array
     return jax.block_until_ready(arrays)
 
 
-def _checked(directory: Path, config: ModelConfig, shapes: Shapes) -> Iterator[tuple[Stored, np.ndarray]]:
+def _checked(
+    files: dict[Path, set[str]], directory: Path, config: ModelConfig, shapes: Shapes
+) -> Iterator[tuple[Stored, np.ndarray]]:
     """The tensors that make up the model, each once and in the shape that it must have."""
     module = architecture(config.model_type)
     names = module.checkpoint_names(config)
     covered = [path for entry in names.values() for path in entry.paths]
     assert sorted(shapes) == sorted(covered), "checkpoint_names does not cover the module"
     seen = set()
-    for path, promised in _files(directory).items():
+    for path, promised in files.items():
         for stored, tensor in _tensors(path):
             promised.discard(stored)
             name = stored if stored in names else module.BASE + stored  # saved as the base model, without its head

@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import jax
 from rich.console import Console
@@ -20,6 +20,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from kvpr_jax.engines import Engine
+from kvpr_jax.scheduler import OffloadMode, Request
+
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
 
@@ -28,6 +31,23 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog.removeprefix('python -m ')}: error: {message}\n")
+
+
+def add_cache_options(parser: Parser, split_of: str, offload: OffloadMode, offload_help: str) -> None:
+    """The options that make up a `Request`."""
+    add = parser.add_argument_group("cache").add_argument
+    add("--split", metavar="auto|N|P%", default="auto", help=split_of)
+    add("--recompute", choices=("auto", "project", "absorb"), default="auto", help="how activations are used")
+    add("--engine", choices=get_args(Engine), default="overlapped")
+    add("--offload", choices=get_args(OffloadMode), default=offload, help=offload_help)
+    add("--device-cache-gib", metavar="GIB", type=float, help="device memory for the cache; default: what is free")
+
+
+def request_of(arguments: argparse.Namespace) -> Request:
+    """The `Request` that those options make up; raises ValueError as it does."""
+    return Request(
+        arguments.split, arguments.recompute, arguments.engine, arguments.offload, arguments.device_cache_gib
+    )
 
 
 class Failure(Exception):

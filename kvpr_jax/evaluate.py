@@ -25,7 +25,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,12 +34,11 @@ from rich.console import Console
 from rich.table import Table
 
 from kvpr_jax import checkpoint, steps
-from kvpr_jax.command_line import FAILURE, USAGE, Parser, Reporter, failing_with, run
-from kvpr_jax.engines import Engine
+from kvpr_jax.command_line import FAILURE, USAGE, Parser, Reporter, add_cache_options, failing_with, request_of, run
 from kvpr_jax.generate import Progress, Tokenizer, encode
 from kvpr_jax.models import Model
 from kvpr_jax.runtime import Decoder
-from kvpr_jax.scheduler import OffloadMode, Plan, Request
+from kvpr_jax.scheduler import Plan, Request
 
 BATCH = 8  # windows at a time
 MOST_NATS = 700  # whose exponential is still a float
@@ -302,12 +301,8 @@ def parser() -> Parser:
     add("--window", metavar="N", type=int, help="tokens; default: the model's positions, or the text if it is shorter")
     add("--stride", metavar="N", type=int, help="tokens that a window scores; default: half of the window")
     add("--batch", metavar="N", type=int, default=BATCH, help=f"windows at a time; default: {BATCH}")
-    add = parser.add_argument_group("cache").add_argument
-    add("--split", metavar="auto|N|P%", default="auto", help="of the window less its stride, held as activations")
-    add("--recompute", choices=("auto", "project", "absorb"), default="auto", help="how activations are used")
-    add("--engine", choices=get_args(Engine), default="overlapped")
-    add("--offload", choices=get_args(OffloadMode), default="all", help="default: all, to evaluate the offloaded path")
-    add("--device-cache-gib", metavar="GIB", type=float, help="device memory for the cache, with --offload auto")
+    split_of = "of the window less its stride, held as activations"
+    add_cache_options(parser, split_of, "all", "default: all, to evaluate the offloaded path")
     add = parser.add_argument_group("output").add_argument
     add("--compare", metavar="ITEM,…", help="splits and dtypes to run as well, each against the first run")
     add("--json", action="store_true", help="print one JSON object")
@@ -317,9 +312,7 @@ def parser() -> Parser:
 def execute(arguments: argparse.Namespace) -> int:
     """Carry out a parsed command line and return the exit code."""
     with failing_with(USAGE):
-        request = Request(
-            arguments.split, arguments.recompute, arguments.engine, arguments.offload, arguments.device_cache_gib
-        )
+        request = request_of(arguments)
         text = read_text(arguments.text)
     with failing_with(FAILURE):
         directory = checkpoint.find(arguments.model)

@@ -48,15 +48,17 @@ def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, requ
     """Prefill and time every decode step of one setting, once all is compiled and the pinned memory is touched."""
     plan = decoder.plan(prompts, steps + 1, request)
     short = shortened(decoder)
-    first_s, later_s = (sum_of(run(short, prompts, plan, steps)) for _ in range(2))
+    first_s, later_s = (sum_of(run(short, prompts, plan, steps)[0]) for _ in range(2))
     touched = decoder.prefill(prompts, plan)
     jax.block_until_ready((touched[0].layers, touched[1]))
     del touched
+    times, cache, logits = run(decoder, prompts, plan, steps)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves((decoder.embedder[1], decoder.params)))
     return {
         "plan": dataclasses.asdict(plan),
         "compile_s": max(0.0, first_s - later_s),
-        **run(decoder, prompts, plan, steps),
+        **times,
+        "compute_s": compute_s(decoder, cache, logits),
         "prefill_flops": prefill_flops(decoder, plan),
         "predicted_device_bytes": weights + plan.device_bytes,
         "peak_device_bytes": memory.peak_device_bytes(),
@@ -72,8 +74,10 @@ def shortened(decoder: Decoder) -> Decoder:
     return short
 
 
-def run(decoder: Decoder, prompts: Sequence[Sequence[int]], plan: Plan, steps: int) -> dict[str, Any]:
-    """Seconds of prefill and of each greedy step, and the bytes each step fetched."""
+def run(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], plan: Plan, steps: int
+) -> tuple[dict[str, Any], Cache, Array]:
+    """Seconds of prefill and of each greedy step, and the bytes each step fetched; the cache and logits at the end."""
     begin = time.perf_counter()
     cache, logits = decoder.prefill(prompts, plan)
     jax.block_until_ready((cache.layers, logits))
@@ -83,12 +87,7 @@ def run(decoder: Decoder, prompts: Sequence[Sequence[int]], plan: Plan, steps: i
         logits = jax.block_until_ready(decoder.step(cache, logits.argmax(-1).astype(jnp.int32)))
         step_s.append(time.perf_counter() - begin)
         step_bytes.append(cache.fetched_bytes - fetched)
-    return {
-        "prefill_s": prefill_s,
-        "step_s": step_s,
-        "step_bytes": step_bytes,
-        "compute_s": compute_s(decoder, cache, logits),
-    }
+    return {"prefill_s": prefill_s, "step_s": step_s, "step_bytes": step_bytes}, cache, logits
 
 
 def compute_s(decoder: Decoder, cache: Cache, logits: Array) -> float:
@@ -100,8 +99,8 @@ def compute_s(decoder: Decoder, cache: Cache, logits: Array) -> float:
     return timing.median_s(lambda: decoder.step(cache, tokens), trials=min(5, cache.plan.tail_tokens - 2))
 
 
-def sum_of(run: dict[str, Any]) -> float:
-    return run["prefill_s"] + sum(run["step_s"])
+def sum_of(times: dict[str, Any]) -> float:
+    return times["prefill_s"] + sum(times["step_s"])
 
 
 def prefill_flops(decoder: Decoder, plan: Plan) -> int:

@@ -7,17 +7,25 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 import jax.numpy as jnp
 
 from kvpr_jax import checkpoint, memory
-from kvpr_jax.command_line import FAILURE, INTERRUPTED, USAGE, Parser, Reporter, failing_with, run
-from kvpr_jax.engines import Engine
+from kvpr_jax.command_line import (
+    FAILURE,
+    INTERRUPTED,
+    USAGE,
+    Parser,
+    Reporter,
+    add_cache_options,
+    failing_with,
+    request_of,
+    run,
+)
 from kvpr_jax.generate import Output, Stream, Until, encode
 from kvpr_jax.runtime import Decoder, plan_for, workload_of
 from kvpr_jax.sampling import Sampling
-from kvpr_jax.scheduler import OffloadMode, Plan, Request
+from kvpr_jax.scheduler import Plan
 
 DEFAULT_PROMPT = "Open a file and"
 DEMONSTRATION = shlex.split("--offload all --split 50% --temperature 0.6 --top-p 0.9 --max-new-tokens 200")
@@ -45,12 +53,8 @@ def parser() -> Parser:
     add("--top-p", metavar="P", type=float, default=1.0)
     add("--min-p", metavar="P", type=float, default=0.0)
     add("--seed", metavar="N", type=int, default=0)
-    add = parser.add_argument_group("cache").add_argument
-    add("--split", metavar="auto|N|P%", default="auto", help="prompt tokens held as activations; implies --offload all")
-    add("--recompute", choices=("auto", "project", "absorb"), default="auto", help="how activations are used")
-    add("--engine", choices=get_args(Engine), default="overlapped")
-    add("--offload", choices=get_args(OffloadMode), default="auto", help="auto: only what the device cannot hold")
-    add("--device-cache-gib", metavar="GIB", type=float, help="device memory for the cache; default: what is free")
+    split_of = "prompt tokens held as activations; implies --offload all"
+    add_cache_options(parser, split_of, "auto", "auto: only what the device cannot hold")
     add = parser.add_argument_group("output").add_argument
     add("--quiet", action="store_true", help="nothing on stderr but errors")
     add("--plan", action="store_true", help="print the plan and exit")
@@ -147,9 +151,7 @@ def execute(arguments: argparse.Namespace) -> int:
         sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p)
         sampling.check()
         until = Until(arguments.max_new_tokens, tuple(arguments.stop))
-        request = Request(
-            arguments.split, arguments.recompute, arguments.engine, arguments.offload, arguments.device_cache_gib
-        )
+        request = request_of(arguments)
         prompts = arguments.prompt + (read_prompts(arguments.prompts) if arguments.prompts is not None else [])
         prompts = prompts or [DEFAULT_PROMPT]
     report = Reporter(arguments.quiet)
