@@ -17,9 +17,9 @@ from jaxtyping import Array, Int
 
 from kvpr_jax import memory, steps
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.engines import ENGINES, Overlapped, Sequential
+from kvpr_jax.engines import InStep, Overlapped, Resident, Sequential, engine_for
 from kvpr_jax.scheduler import Plan
-from kvpr_jax.segments import Activations, KeysValues, Segment
+from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
 MERGE = 4  # flushed segments of equal length that become one
 
@@ -32,10 +32,11 @@ class Cache:
         config, dtype: of the model.
         plan: what is held where, and how it is used.
         layers: for each layer, its segments before the tail.
-        start: (B,) first slot of each sequence that is not padding, or None.
         length: slots filled, the same for every sequence; the next token stands at this slot.
+        start: (B,) first slot of each sequence that is not padding, or None.
+        place: where the next token stands, on the device: slot `length`, and `start`.
         tails: for each layer, its tail of `plan.tail_tokens` slots.
-        engine: carries out its decode steps.
+        engine: carries out its decode steps; chosen by what they move.
         bytes_per_step: bytes that cross the link in a step: all segments on the host.
         fetched_bytes: bytes that steps have moved over the link so far.
     """
@@ -44,15 +45,16 @@ class Cache:
     dtype: jnp.dtype
     plan: Plan
     layers: list[tuple[Segment, ...]]
-    start: Int[Array, " B"] | None
     length: int
+    start: dataclasses.InitVar[Int[Array, " B"] | None]
+    place: Place = dataclasses.field(init=False)
     tails: list[Segment] = dataclasses.field(init=False)
-    engine: Sequential | Overlapped = dataclasses.field(init=False)
+    engine: Sequential | Overlapped | InStep | Resident = dataclasses.field(init=False)
     bytes_per_step: int = dataclasses.field(init=False)
     fetched_bytes: int = 0
 
-    def __post_init__(self) -> None:
-        self.engine = ENGINES[self.plan.engine]()
+    def __post_init__(self, start: Int[Array, " B"] | None) -> None:
+        self.place = memory.placed(Place(jnp.array([self.length], jnp.int32), start))
         self._new_tails()
 
     @property
@@ -64,12 +66,22 @@ class Cache:
         """The layer's segments on the device: those on the host are copied, asynchronously."""
         return tuple(memory.fetched(segment) for segment in self.layers[layer])
 
+    def on_host(self, layer: int) -> tuple[Segment, ...]:
+        """The layer's segments that are on the host."""
+        return tuple(segment for segment in self.layers[layer] if memory.on_host(segment))
+
+    def on_device(self, layer: int) -> tuple[Segment, ...]:
+        """The layer's segments that stay on the device, without the tail."""
+        return tuple(segment for segment in self.layers[layer] if not memory.on_host(segment))
+
     def flush(self) -> None:
         """Make every layer's full tail its next segment, on the host if the cache is offloaded, and begin anew."""
-        for layer, tail in enumerate(self.tails):
-            full = memory.to_host(tail) if self.plan.offloaded else tail
-            self.layers[layer] = _merged((*self.layers[layer], full))
-        self._new_tails()
+        jax.block_until_ready(self.tails)  # no layer is being computed whose segments a new engine would not know of
+        with jax.profiler.TraceAnnotation("flush"):
+            for layer, tail in enumerate(self.tails):
+                full = memory.to_host(tail) if self.plan.offloaded else tail
+                self.layers[layer] = _merged((*self.layers[layer], full))
+            self._new_tails()
 
     def tokens(self) -> dict[str, int]:
         """Tokens of one layer by where and how they are held: activations, keys_values, resident, tail."""
@@ -82,7 +94,9 @@ class Cache:
     def _new_tails(self) -> None:
         """Empty tails from slot `length` on, in the form that keeps the share of activations on the host."""
         self._tail_start = self.length
-        self.bytes_per_step = sum(s.nbytes for segments in self.layers for s in segments if memory.on_host(s))
+        layer_bytes = sum(segment.nbytes for segment in self.on_host(0))
+        self.bytes_per_step = layer_bytes * len(self.layers)
+        self.engine = engine_for(self.plan.engine, layer_bytes)
         held = self.tokens()
         total = held["activations"] + held["keys_values"] + self.plan.tail_tokens
         missing = self.plan.activation_share * total - held["activations"]

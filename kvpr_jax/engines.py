@@ -1,13 +1,16 @@
-"""The two ways to run a decode step over a cache on the host. Both do the same arithmetic.
+"""The ways to run a decode step over a cache on the host. All do the same arithmetic.
 
-An engine belongs to one cache. Its `step` runs the layers in order: `compute(layer, h, segments)` gives the hidden
-states after a layer, `fetch(layer)` the layer's segments on the device. `more` says that the next step will read the
-same segments, so that its first copies may be issued early.
+An engine belongs to one cache. Its `step` runs the layers in order, over a `source` of segments and with a function
+`compute(layers, h, segments, ahead)` that gives the hidden states after these layers, and the segments `ahead`, which
+are on the host, on the device. `more` says that the next step will read the same segments, so that its first copies
+may be issued early.
+
+`engine_for` picks by what crosses the link: nothing, a little a layer, or much.
 """
 
 import collections
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array
@@ -15,50 +18,128 @@ from jaxtyping import Array
 from kvpr_jax.segments import Segment
 
 Engine = Literal["overlapped", "sequential"]
-Fetch = Callable[[int], tuple[Segment, ...]]
-Compute = Callable[[int, Array, tuple[Segment, ...]], Array]
+Compute = Callable[
+    [Sequence[int], Array, Sequence[tuple[Segment, ...]], tuple[Segment, ...]], tuple[Array, tuple[Segment, ...]]
+]
 
 WINDOW = 3  # layers whose host segments may be on the device at once: in use, arriving, and issued
+WINDOW_BYTES = 256 * 2**20  # or more layers, if they are no larger together: what covers the end of a step
+SMALL_BYTES = 16 * 2**20  # of a layer: fewer cross in less time than it takes to issue their copies
+GROUP = 8  # layers in one call, at most, where nothing crosses
+
+
+@runtime_checkable
+class Source(Protocol):
+    """The segments of every layer."""
+
+    def fetch(self, layer: int) -> tuple[Segment, ...]:
+        """All on the device; those on the host are copied, asynchronously."""
+        ...
+
+    def on_host(self, layer: int) -> tuple[Segment, ...]:
+        """Those on the host, as they lie there."""
+        ...
+
+    def on_device(self, layer: int) -> tuple[Segment, ...]:
+        """Those that stay on the device."""
+        ...
 
 
 class Sequential:
-    """Copy, wait, compute, wait: one layer after the other. The plain form that `Overlapped` must equal."""
+    """Copy, wait, compute, wait: one layer after the other. The plain form that the others must equal."""
 
-    def step(self, layers: int, fetch: Fetch, compute: Compute, h: Array, more: bool) -> Array:
+    def step(self, layers: int, source: Source, compute: Compute, h: Array, more: bool) -> Array:
         del more
         for layer in range(layers):
-            segments = jax.block_until_ready(fetch(layer))
-            h = jax.block_until_ready(compute(layer, h, segments))
+            segments = jax.block_until_ready(source.fetch(layer))
+            h = jax.block_until_ready(compute((layer,), h, (segments,), ())[0])
         return h
 
 
 class Overlapped:
-    """Issue the copies of layer i+1, then compute layer i: XLA runs them side by side, on streams of their own.
+    """Keep the copies of the next layers under way while one is computed: XLA runs them side by side.
 
-    A window bounds what is issued, over the ends of steps too. Before layer i+1 is fetched, layer i-2 must be done, so
-    the device holds the segments of three layers at most: i-1 (being computed), i (arriving) and i+1 (issued). Behind
-    the last layer comes the first one of the next step, whose copies cross while the next token is chosen.
+    A window bounds what is issued, over the ends of steps too. With a window of three, layer i-1 must be done before
+    layer i+2 is fetched, so that the device holds three layers at most: i (being computed), i+1 and i+2 (arriving, one
+    after the other). Behind the last layer come the first ones of the next step: they cross while the next token is
+    chosen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, window: int = WINDOW) -> None:
+        self.window = window
         self.ahead: collections.deque[tuple[Segment, ...]] = collections.deque()
         self.running: collections.deque[tuple[tuple[Segment, ...], Array]] = collections.deque()
 
-    def step(self, layers: int, fetch: Fetch, compute: Compute, h: Array, more: bool) -> Array:
-        if not self.ahead:
-            self._issue(fetch, 0)
+    def step(self, layers: int, source: Source, compute: Compute, h: Array, more: bool) -> Array:
+        depth = min(self.window - 1, layers)
+        for layer in range(len(self.ahead), depth):
+            self._issue(source, layer)
         for layer in range(layers):
             segments = self.ahead.popleft()
-            if more or layer + 1 < layers:
-                self._issue(fetch, (layer + 1) % layers)
-            h = compute(layer, h, segments)
+            h, _ = compute((layer,), h, (segments,), ())
             self.running.append((segments, h))
+            following = layer + depth
+            if more or following < layers:
+                self._issue(source, following % layers)
         return h
 
-    def _issue(self, fetch: Fetch, layer: int) -> None:
-        while len(self.running) >= WINDOW - 1:
+    def _issue(self, source: Source, layer: int) -> None:
+        while len(self.running) + len(self.ahead) >= self.window:
             self.running.popleft()[1].block_until_ready()
-        self.ahead.append(fetch(layer))
+        self.ahead.append(source.fetch(layer))
 
 
-ENGINES: dict[str, type[Sequential] | type[Overlapped]] = {"overlapped": Overlapped, "sequential": Sequential}
+class InStep:
+    """For small layers: the copies of layer i+1 are part of the compiled step of layer i, one call in place of several.
+
+    The device holds three layers here too: before layer i is issued, layer i-2 must be done.
+    """
+
+    def __init__(self) -> None:
+        self.ahead: tuple[Segment, ...] = ()  # the first layer's, brought by the last layer of the step before
+        self.running: collections.deque[Array] = collections.deque()
+
+    def step(self, layers: int, source: Source, compute: Compute, h: Array, more: bool) -> Array:
+        if not self.ahead:
+            self.ahead = tuple(source.fetch(0))
+        for layer in range(layers):
+            while len(self.running) >= WINDOW - 1:
+                self.running.popleft().block_until_ready()
+            segments, following = self.ahead, (layer + 1) % layers
+            h, fetched = compute((layer,), h, (segments,), source.on_host(following))
+            self.running.append(h)
+            self.ahead = (*fetched, *source.on_device(following))
+        if not more:  # brought in vain: a step without copies would have to be compiled for this
+            self.ahead = ()
+        return h
+
+
+class Resident:
+    """Nothing crosses the link: several layers a call, so that the device does not wait for calls to be issued."""
+
+    def step(self, layers: int, source: Source, compute: Compute, h: Array, more: bool) -> Array:
+        del more
+        size = group(layers)
+        for first in range(0, layers, size):
+            together = range(first, first + size)
+            h, _ = compute(together, h, [source.on_device(layer) for layer in together], ())
+        return h
+
+
+def group(layers: int) -> int:
+    """Layers of one call where nothing crosses: all calls have as many, so that one function is compiled."""
+    return max(size for size in range(1, GROUP + 1) if layers % size == 0)
+
+
+def engine_for(engine: Engine, layer_bytes: int) -> Sequential | Overlapped | InStep | Resident:
+    """A new engine for a cache of which so many bytes a layer cross the link in each step."""
+    if engine == "sequential":
+        return Sequential()
+    if not layer_bytes:
+        return Resident()
+    return InStep() if layer_bytes < SMALL_BYTES else Overlapped(window(layer_bytes))
+
+
+def window(layer_bytes: int) -> int:
+    """Layers that an engine keeps on the device of those on the host, at most."""
+    return WINDOW if layer_bytes < SMALL_BYTES else max(WINDOW, WINDOW_BYTES // layer_bytes)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from kvpr_jax.segments import Segment
@@ -19,7 +20,7 @@ GIB = 2**30
 
 Tree = TypeVar("Tree")
 
-_pinned_most = 0  # the most pinned bytes seen live: XLA's pool is at least this large
+_pool_bytes = 0  # XLA's pool of pinned memory is at least this large: what was reserved, or seen live
 
 
 def allow_pinned_memory() -> None:
@@ -46,7 +47,15 @@ def placed(tree: Tree) -> Tree:
 
 def fetched(segment: Segment) -> Segment:
     """The segment on the device: an asynchronous copy, or the segment itself if it is there."""
-    return _moved(segment, DEVICE) if on_host(segment) else segment
+    if not on_host(segment):
+        return segment
+    with jax.profiler.TraceAnnotation("fetch"):
+        return _moved(segment, DEVICE)
+
+
+def arriving(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+    """Within a compiled function: segments that are on the host, on the device, copied beside what it computes."""
+    return tuple(_moved(segment, DEVICE) for segment in segments)
 
 
 def to_host(segment: Segment) -> Segment:
@@ -90,13 +99,48 @@ def free_pinned_bytes() -> int:
 
     XLA keeps what it has pinned, so memory of arrays that are gone counts as free to new ones.
     """
-    global _pinned_most
     if device_memory_is_host_memory():
         return free_host_bytes()
-    live = sum(array.nbytes for array in jax.live_arrays() if array.sharding.memory_kind == HOST)
-    _pinned_most = max(_pinned_most, live)
+    live = _live_pinned_bytes()
     limit = int(os.environ.get(HOST_POOL_LIMIT, "64")) * GIB
-    return min(free_host_bytes() + _pinned_most - live, limit - live)
+    return min(free_host_bytes() + _pool_bytes - live, limit - live)
+
+
+def _live_pinned_bytes() -> int:
+    global _pool_bytes
+    live = sum(array.nbytes for array in jax.live_arrays() if array.sharding.memory_kind == HOST)
+    _pool_bytes = max(_pool_bytes, live)
+    return live
+
+
+def reserve_pinned(nbytes: int, array_bytes: int) -> None:
+    """Make room in XLA's pool of pinned memory for `nbytes` more, in arrays of up to `array_bytes`.
+
+    By itself the pool grows by regions, each twice as large as the one before, and may end up with twice what the
+    cache needs. A region is as large as the request that it was made for, rounded up to a power of two; so a few large
+    arrays, made and given up, leave a pool that fits.
+    """
+    global _pool_bytes
+    missing = 0 if device_memory_is_host_memory() else _live_pinned_bytes() + nbytes - _pool_bytes
+    if missing > 0:
+        sizes = regions(missing, array_bytes)
+        jax.block_until_ready([jax.device_put(np.zeros(size, np.uint8), _sharding(HOST)) for size in sizes])
+        _pool_bytes += sum(sizes)
+
+
+def regions(nbytes: int, array_bytes: int) -> list[int]:
+    """The least sum of different powers of two, ascending, that holds `nbytes` in whole arrays of `array_bytes`.
+
+    6 arrays of 3 bytes: 4 + 16, which hold 1 and 5 of them.
+    """
+    smallest = max(array_bytes, nbytes // 64)  # smaller regions would save next to nothing
+    low, high = (smallest - 1).bit_length(), (nbytes + array_bytes).bit_length()
+    arrays, chosen = -(-nbytes // array_bytes), []
+    for power in range(high, low - 1, -1):
+        if sum(2**lower // array_bytes for lower in range(low, power)) < arrays:
+            chosen.insert(0, 2**power)
+            arrays -= 2**power // array_bytes
+    return chosen
 
 
 def _meminfo(name: str) -> int:
@@ -118,6 +162,20 @@ def free_device_bytes() -> int:
     if not stats or "bytes_limit" not in stats:
         return free_host_bytes()
     return stats["bytes_limit"] - stats["bytes_in_use"]
+
+
+def device_bytes_in_use() -> int | None:
+    """Bytes of device memory in use now, or None where the device does not say (a CPU)."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats.get("bytes_in_use") if stats else None
+
+
+def resident_bytes() -> tuple[int, int]:
+    """Host memory of this process now: pinned, which Linux counts as shared, and all other; 0 without /proc."""
+    status = Path("/proc/self/status")
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines()) if status.is_file() else {}
+    pinned, whole = (int(lines.get(name, "0").split()[0]) * 1024 for name in ("RssShmem", "VmRSS"))
+    return pinned, whole - pinned
 
 
 def peak_device_bytes() -> int | None:

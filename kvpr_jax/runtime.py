@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvpr_jax import memory, scheduler, steps
+from kvpr_jax import engines, memory, scheduler, steps
 from kvpr_jax.cache import Cache
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.engines import WINDOW
 from kvpr_jax.models import Model
+from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling import profile
 from kvpr_jax.scheduler import Plan, Request, Workload
 from kvpr_jax.segments import Place, Segment
@@ -71,17 +71,18 @@ class Decoder:
                 f"the plan is for {plan.batch} prompts of {plan.cached_tokens} tokens at most; these are "
                 f"{workload.batch} of {workload.prompt_tokens}"
             )
+        memory.reserve_pinned(plan.host_bytes, self._largest_array_bytes(plan))
         tokens, start = _left_padded(prompts)
         slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         chunks = []  # of sequences: where they stand, and their hidden states
         for first in range(0, plan.batch, plan.prefill_sequences):
             rows = slice(first, first + plan.prefill_sequences)
             place = Place(slots, None if start is None else start[rows])
-            chunks.append((place, steps.embed(*self.embedder, tokens[rows], place)))
+            chunks.append((place, steps.embed(*self.embedder, tokens[rows], place)[0]))
         layers: list[tuple[Segment, ...]] = []
         for params in self.params:
-            if len(layers) >= WINDOW:  # bounds what waits on the device for its copy
-                jax.block_until_ready(layers[-WINDOW])
+            if len(layers) >= engines.WINDOW:  # bounds what waits on the device for its copy
+                jax.block_until_ready(layers[-engines.WINDOW])
             parts = []
             for index, (place, h) in enumerate(chunks):
                 h, *segments = steps.prefill_layer(
@@ -95,8 +96,32 @@ class Decoder:
             if progress is not None:
                 progress(len(layers), self.config.num_layers)
         logits = [steps.logits(*self.embedder, h) for _, h in chunks]
-        cache = Cache(self.config, self.dtype, plan, layers, start, plan.cached_tokens)
+        cache = Cache(self.config, self.dtype, plan, layers, plan.cached_tokens, start)
         return cache, jnp.concatenate(logits)
+
+    def compute(self, tails: list[Segment], place: Place, recompute: Recompute) -> engines.Compute:
+        """What an engine calls to compute layers for a token at `place`, which it writes into their `tails`."""
+
+        def layers_step(
+            layers: Sequence[int], h: Array, segments: Sequence[tuple[Segment, ...]], ahead: tuple[Segment, ...]
+        ) -> tuple[Array, tuple[Segment, ...]]:
+            params = tuple(self.params[layer] for layer in layers)
+            before = tuple(tails[layer] for layer in layers)
+            h, after, fetched = steps.decode_layers(
+                self.layer, params, h, tuple(segments), before, place, ahead, recompute=recompute
+            )
+            for layer, tail in zip(layers, after, strict=True):
+                tails[layer] = tail
+            return h, fetched
+
+        return layers_step
+
+    def _largest_array_bytes(self, plan: Plan) -> int:
+        """Bytes of the largest array that goes to the host."""
+        streamed = plan.cached_tokens - plan.resident_tokens - plan.split
+        widths = plan.split * self.config.activation_width, streamed * self.config.kv_width // 2
+        tail = plan.tail_tokens * max(self.config.activation_width, self.config.kv_width // 2)
+        return plan.batch * max(*widths, tail) * self.dtype.itemsize
 
     def step(self, cache: Cache, tokens: Int[Array, " B"]) -> Float[Array, "B V"]:
         """Append one token to each sequence and return the logits after it.
@@ -111,18 +136,13 @@ class Decoder:
             raise ValueError(f"the cache holds {cache.length} tokens, all the positions that the model has")
         if cache.full:
             cache.flush()
-        place = Place(jnp.array([cache.length], jnp.int32), cache.start)
-
-        def compute(layer: int, h: Array, segments: tuple[Segment, ...]) -> Array:
-            h, cache.tails[layer] = steps.layer_step(
-                self.layer, self.params[layer], h, segments, cache.tails[layer], place, recompute=cache.plan.recompute
-            )
-            return h
-
-        h = steps.embed(*self.embedder, tokens[:, None], place)
+        place = cache.place
+        h, slots = steps.embed(*self.embedder, tokens[:, None], place)
+        cache.place = Place(slots, place.start)
         cache.length += 1
         cache.fetched_bytes += cache.bytes_per_step
-        h = cache.engine.step(self.config.num_layers, cache.fetch, compute, h, more=not cache.full)
+        compute = self.compute(cache.tails, place, cache.plan.recompute)
+        h = cache.engine.step(self.config.num_layers, cache, compute, h, more=not cache.full)
         return steps.logits(*self.embedder, h)
 
 

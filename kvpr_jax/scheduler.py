@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from kvpr_jax import memory
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.engines import WINDOW, Engine
+from kvpr_jax.engines import WINDOW, Engine, window
 from kvpr_jax.models.attention import Recompute, fused
 from kvpr_jax.profiling.profile import Profile
 
@@ -277,7 +277,10 @@ def make_plan(
         host_bytes=config.num_layers * layer_bytes,
         device_bytes=max(
             resident_bytes + prefill_bytes,
-            resident_bytes + tails * tail * token_bytes + WINDOW * layer_bytes + _step_bytes(costs, workload),
+            resident_bytes
+            + tails * tail * token_bytes
+            + window(layer_bytes) * layer_bytes
+            + _step_bytes(costs, workload),
         ),
         host_bytes_per_step=config.num_layers * costs.host_bytes(split, streamed),
         predicted_step_s=costs.step_s(split, streamed, resident, recompute, request.engine),
@@ -299,7 +302,8 @@ def _residency(costs: Costs, workload: Workload, request: Request, usable: int) 
     token_bytes = costs.host_bytes(0, 1) * costs.config.num_layers
     if min(budget, usable) >= workload.total_tokens * token_bytes:
         return False, workload.prompt_tokens, everything
-    window_bytes = WINDOW * costs.host_bytes(0, workload.total_tokens)
+    layer_bytes = costs.host_bytes(0, workload.total_tokens)
+    window_bytes = window(layer_bytes) * layer_bytes
     tokens = min(budget, usable - window_bytes) // token_bytes - 2 * tail
     return True, min(workload.prompt_tokens, max(0, tokens)), tail
 

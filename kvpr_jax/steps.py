@@ -4,8 +4,9 @@
     embed             | definition              |         | batch, tokens of the call, whether sequences are padded
     prefill_layer     | definition, split,      | h       | sequences of the chunk, S, l, resident tokens, queries at a
                       | resident, chunk         |         | time; not the layer, not the prompt
-    layer_step        | definition, recompute   | tail    | batch, the segments' forms and lengths, the tail's form;
-                      |                         |         | not the layer, not the token, not the position
+    decode_layers     | definition, recompute   | tails   | batch, how many layers, the segments' forms and lengths,
+                      |                         |         | the tail's form, what is fetched; not which layers, not
+                      |                         |         | the token, not the position
     logits            | definition              |         | batch
     sample            |                         |         | batch; not temperature, top-k, top-p, min-p or seed
     concatenate       | axis                    |         | forms and shapes of the segments
@@ -64,10 +65,13 @@ def _precision(array: Array) -> contextlib.AbstractContextManager[Any]:
 
 
 @functools.partial(jax.jit, static_argnames=("definition",))
-def embed(definition: Definition, params: Params, tokens: Int[Array, "B Q"], place: Place) -> Float[Array, "B Q D"]:
+def embed(
+    definition: Definition, params: Params, tokens: Int[Array, "B Q"], place: Place
+) -> tuple[Float[Array, "B Q D"], Int[Array, " 1"]]:
+    """Hidden states of tokens at `place`, and the slot behind them, which so never has to be uploaded."""
     embedder = definition.module(params)
     with _precision(jax.tree.leaves(params)[0]):
-        return embedder.encode(tokens, place)
+        return embedder.encode(tokens, place), place.slots[-1:] + 1
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "split", "resident", "chunk"), donate_argnames=("h",))
@@ -100,27 +104,37 @@ def prefill_layer(
     return h, tuple(host), tuple(stay)
 
 
-@functools.partial(jax.jit, static_argnames=("definition", "recompute"), donate_argnames=("tail",))
-def layer_step(
+@functools.partial(jax.jit, static_argnames=("definition", "recompute"), donate_argnames=("tails",))
+def decode_layers(
     definition: Definition,
-    params: Params,
+    params: tuple[Params, ...],
     h: Float[Array, "B 1 D"],
-    segments: tuple[Segment, ...],
-    tail: Segment,
+    segments: tuple[tuple[Segment, ...], ...],
+    tails: tuple[Segment, ...],
     place: Place,
+    ahead: tuple[Segment, ...],
     *,
     recompute: Recompute,
-) -> tuple[Float[Array, "B 1 D"], Segment]:
-    """One layer over one new token a sequence: hidden states, and the tail with the token written into it.
+) -> tuple[Float[Array, "B 1 D"], tuple[Segment, ...], tuple[Segment, ...]]:
+    """Consecutive layers, often only one, over one new token a sequence.
 
-    Segments of activations are turned back into attention here, while the copies of the next layer's segments, which
-    the engine has issued already, cross the link.
+    Segments of activations are turned back into attention here, while the copies of later layers' segments cross the
+    link: those that the engine has issued already, and those of `ahead`.
+
+    Args:
+        params, segments, tails: one of each for every layer.
+        ahead: segments on the host, of a later layer.
+
+    Returns:
+        Hidden states, the tails with the token written into them, and `ahead` on the device.
     """
-    layer = definition.module(params)
-    split = 1 if isinstance(tail, Activations) else 0
+    fetched, written = memory.arriving(ahead), []
     with _precision(h):
-        h, (activations, own) = layer(h, (*segments, tail), place, split=split, recompute=recompute, chunk=1)
-    return h, _write(tail, activations if own is None else own)
+        for of_layer, held, tail in zip(params, segments, tails, strict=True):
+            layer, split = definition.module(of_layer), 1 if isinstance(tail, Activations) else 0
+            h, (activations, own) = layer(h, (*held, tail), place, split=split, recompute=recompute, chunk=1)
+            written.append(_write(tail, activations if own is None else own))
+    return h, tuple(written), fetched
 
 
 def _write(tail: Segment, token: Segment) -> Segment:
@@ -141,11 +155,12 @@ def logits(definition: Definition, params: Params, h: Float[Array, "B Q D"]) -> 
 
 
 @jax.jit
+@jax.named_scope("sample")
 def sample(
     logits: Float[Array, "B V"], keys: Key[Array, " B"], index: Int[Array, ""], sampling: Sampling
-) -> Int[Array, " B"]:
-    """The next token of each sequence; `index` counts the new tokens before it."""
-    return sample_tokens(logits, keys, index, sampling)
+) -> tuple[Int[Array, " B"], Int[Array, ""]]:
+    """The next token of each sequence, and index + 1; `index` counts the new tokens before it."""
+    return sample_tokens(logits, keys, index, sampling), index + 1
 
 
 @jax.jit

@@ -193,6 +193,7 @@ class Attention(nnx.Module):
         """Keys and values of activations: what a token is when it is new, and again whenever it is projected."""
         return KeysValues(self.keys(x, place.positions(place.slots)), self.values(x), place.slots)
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         x: Float[Array, "B Q D"],
@@ -227,11 +228,13 @@ class Attention(nnx.Module):
         if isinstance(segment, KeysValues):
             scores, share = self._keys_scores(q, segment.keys), self._values_share(segment.values)
         elif recompute == "project":
-            own = self.remember(segment.x, Place(segment.slots, place.start))
+            with jax.named_scope("recompute"):
+                own = self.remember(segment.x, Place(segment.slots, place.start))
             scores, share = self._keys_scores(q, own.keys), self._values_share(own.values)
         else:
-            positions = place.positions(segment.slots)
-            scores, share = self._absorbed_scores(q, segment.x, positions), self._absorbed_share(segment.x)
+            with jax.named_scope("recompute"):
+                scores = self._absorbed_scores(q, segment.x, place.positions(segment.slots))
+            share = self._absorbed_share(segment.x)
         if self.slopes is not None:
             biases = linear_biases(self.slopes, place.slots, segment.slots)
             scores = scores + biases.reshape(1, self.kv_heads, self.groups, *biases.shape[1:])
@@ -268,6 +271,7 @@ class Attention(nnx.Module):
     def _absorbed_share(self, x: Float[Array, "B T D"]) -> Callable[[Scores], Share]:
         kernel, bias = self._heads(self.v)
 
+        @jax.named_scope("recompute")
         def share(weights: Scores) -> Share:
             # Over the segment's own mass, the mean of x fits its dtype: in float16 the plain sum might not.
             mass = jnp.maximum(weights.sum(-1), TINY)[..., None]

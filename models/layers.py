@@ -59,6 +59,7 @@ class MLP(nnx.Module):
         self.up = linear(config.hidden_size, config.mlp_size, bias=bias, dtype=dtype, rngs=rngs)
         self.down = linear(config.mlp_size, config.hidden_size, bias=bias, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
         return self.down(self.activation(self.up(x)))
 
@@ -72,6 +73,7 @@ class GatedMLP(nnx.Module):
         self.up = linear(config.hidden_size, config.mlp_size, bias=bias, dtype=dtype, rngs=rngs)
         self.down = linear(config.mlp_size, config.hidden_size, bias=bias, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
         return self.down(self.activation(self.gate(x)) * self.up(x))
 

@@ -7,12 +7,14 @@ streams them can be faster.
 import argparse
 import copy
 import dataclasses
+import os
+import re
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +22,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from kvpr_jax import checkpoint, memory
+from kvpr_jax import checkpoint, command_line, engines, memory
 from kvpr_jax.cache import Cache
+from kvpr_jax.command_line import FAILURE, Parser, Reporter, failing_with
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.engines import Overlapped
 from kvpr_jax.models import Model, released
-from kvpr_jax.profiling import link, matmul, profile, report, timing
+from kvpr_jax.profiling import link, matmul, plot, profile, report, timing
 from kvpr_jax.runtime import Decoder
 from kvpr_jax.scheduler import Plan, Request
 
@@ -44,20 +46,24 @@ def shape(model: str, layers: int | None) -> ModelConfig:
     return config if layers is None else dataclasses.replace(config, num_layers=layers)
 
 
+def name_of(model: str) -> str:
+    """What a model is called in a report: the last part of its name, or its directory's."""
+    path = Path(os.path.abspath(model))
+    return path.parent.name if path.name == "config.json" else path.name
+
+
 def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, request: Request) -> dict[str, Any]:
-    """Prefill and time every decode step of one setting, once all is compiled and the pinned memory is touched."""
+    """Prefill and time every decode step of one setting, once all is compiled and the pinned memory is reserved."""
     plan = decoder.plan(prompts, steps + 1, request)
     short = shortened(decoder)
     first_s, later_s = (sum_of(run(short, prompts, plan, steps)[0]) for _ in range(2))
-    touched = decoder.prefill(prompts, plan)
-    jax.block_until_ready((touched[0].layers, touched[1]))
-    del touched
     times, cache, logits = run(decoder, prompts, plan, steps)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves((decoder.embedder[1], decoder.params)))
     return {
         "plan": dataclasses.asdict(plan),
         "compile_s": max(0.0, first_s - later_s),
         **times,
+        "cache_host_bytes": sum(s.nbytes for layer in range(len(cache.layers)) for s in cache.on_host(layer)),
         "compute_s": compute_s(decoder, cache, logits),
         "prefill_flops": prefill_flops(decoder, plan),
         "predicted_device_bytes": weights + plan.device_bytes,
@@ -67,9 +73,9 @@ def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, requ
 
 
 def shortened(decoder: Decoder) -> Decoder:
-    """The same model with two layers: it compiles all that the whole model needs, since layers share one function."""
+    """The same model with few layers: it compiles all that the whole model needs, since layers share one function."""
     short = copy.copy(decoder)
-    short.params = decoder.params[:2]
+    short.params = decoder.params[: max(2, engines.group(len(decoder.params)))]
     short.config = dataclasses.replace(decoder.config, num_layers=len(short.params))
     return short
 
@@ -77,24 +83,29 @@ def shortened(decoder: Decoder) -> Decoder:
 def run(
     decoder: Decoder, prompts: Sequence[Sequence[int]], plan: Plan, steps: int
 ) -> tuple[dict[str, Any], Cache, Array]:
-    """Seconds of prefill and of each greedy step, and the bytes each step fetched; the cache and logits at the end."""
+    """Seconds of prefill and of each greedy step, the bytes each step fetched, and the memory taken after each; the
+    cache and logits at the end."""
     begin = time.perf_counter()
     cache, logits = decoder.prefill(prompts, plan)
     jax.block_until_ready((cache.layers, logits))
-    prefill_s, step_s, step_bytes = time.perf_counter() - begin, [], []
+    prefill_s, step_s, step_bytes, taken = time.perf_counter() - begin, [], [], []
     for _ in range(steps):
         fetched, begin = cache.fetched_bytes, time.perf_counter()
         logits = jax.block_until_ready(decoder.step(cache, logits.argmax(-1).astype(jnp.int32)))
         step_s.append(time.perf_counter() - begin)
         step_bytes.append(cache.fetched_bytes - fetched)
-    return {"prefill_s": prefill_s, "step_s": step_s, "step_bytes": step_bytes}, cache, logits
+        taken.append((*memory.resident_bytes(), memory.device_bytes_in_use()))
+    names = ("pinned_bytes", "other_host_bytes", "device_bytes")
+    after = {name: list(column) for name, column in zip(names, zip(*taken, strict=True), strict=True)}
+    return {"prefill_s": prefill_s, "step_s": step_s, "step_bytes": step_bytes} | after, cache, logits
 
 
 def compute_s(decoder: Decoder, cache: Cache, logits: Array) -> float:
     """Median seconds of a step without the link: every layer reads the first one's segments, which are fetched once."""
     cache.flush()
     cache.layers = [jax.block_until_ready(cache.fetch(0))] * len(cache.layers)
-    cache.engine = Overlapped()  # without the copies that are under way
+    kind = engines.Overlapped if isinstance(cache.engine, engines.Overlapped) else engines.Resident
+    cache.engine = kind()  # without the copies that are under way
     tokens = logits.argmax(-1).astype(jnp.int32)
     return timing.median_s(lambda: decoder.step(cache, tokens), trials=min(5, cache.plan.tail_tokens - 2))
 
@@ -141,31 +152,61 @@ def rows(results: list[dict[str, Any]], link_gb_per_s: float, peak_flops_per_s: 
             "prefill (s)": f"{result['prefill_s']:.2f}",
             "of peak": f"{flops_per_s / peak_flops_per_s:.0%}",
             "compile (s)": f"{result['compile_s']:.1f}",
+            "pinned / cache": f"{result['pinned_bytes'][-1] / result['cache_host_bytes']:.3f}"
+            if result["pinned_bytes"][-1] and result["cache_host_bytes"] else "-",
             "device, predicted (GiB)": f"{predicted / memory.GIB:.2f}",
             "device, peak so far (GiB)": "-" if peak is None else f"{peak / memory.GIB:.2f}",
         })  # fmt: skip
     return lines
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="python -m kvpr_jax.profiling.decode", description=__doc__)
-    parser.add_argument("--model", default="opt-6.7b", help="a released size (models/README.md), or a directory")
-    parser.add_argument("--layers", type=int, help="only so many layers, where pinned memory is short")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=1024, help="tokens of each prompt")
-    parser.add_argument("--new-tokens", type=int, default=64, help="steps timed")
-    parser.add_argument("--split", action="append", help="N, P%% or device (all of the cache stays there); may be "
-                        "given several times; default: 0%% and 100%%")  # fmt: skip
-    parser.add_argument("--recompute", choices=("auto", "project", "absorb"), action="append", help="default: auto; "
-                        "given twice, every split but 0 is measured in both ways")  # fmt: skip
-    parser.add_argument("--engine", choices=("overlapped", "sequential"), default="overlapped")
-    parser.add_argument("--dtype", choices=checkpoint.DTYPES, default="bfloat16")
-    parser.add_argument("--out", type=Path, help="JSON file for every trial")
-    arguments = parser.parse_args(argv)
+def default_out(model: str, arguments: argparse.Namespace) -> Path:
+    """The report's file, under the current directory."""
+    layers = "" if arguments.layers is None else f"-layers-{arguments.layers}"
+    name = f"decode-{dashed(model)}-batch-{arguments.batch}-prompt-{arguments.prompt}{layers}.json"
+    return Path("profiling/results", dashed(jax.local_devices()[0].device_kind), name)
+
+
+def dashed(text: str) -> str:
+    """In lower case, with dashes between words: "NVIDIA H200" is nvidia-h200."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def parser() -> Parser:
+    parser = Parser(
+        prog="python -m kvpr_jax.profiling.decode",
+        description="Time every decode step of a model with random weights, beside the floor that the link sets.",
+    )
+    add = parser.add_argument
+    add("--model", default="opt-6.7b", help="a released size (models/README.md), or a directory")
+    add("--layers", metavar="N", type=int, help="only so many layers, where pinned memory is short")
+    add("--batch", metavar="N", type=int, default=32)
+    add("--prompt", metavar="N", type=int, default=1024, help="tokens of each prompt")
+    add("--new-tokens", metavar="N", type=int, default=64, help="steps timed")
+    add("--split", metavar="N|P%|device", action="append", help="device: all of the cache stays there; may be given "
+        "several times; default: 0%% and 100%%")  # fmt: skip
+    add("--recompute", choices=("auto", "project", "absorb"), action="append", help="default: auto; given twice, every "
+        "split but 0 is measured in both ways")  # fmt: skip
+    add("--engine", choices=get_args(engines.Engine), default="overlapped")
+    add("--dtype", choices=checkpoint.DTYPES, default="bfloat16")
+    add("--out", metavar="FILE", type=Path, help="JSON file for every trial, which is replaced if it exists; default: "
+        "profiling/results/<gpu>/decode-<model>-batch-<N>-prompt-<N>.json")  # fmt: skip
+    add("--plot", metavar="FILE", type=Path, help="draw the report as well, as kvpr_jax.profiling.plot does")
+    return parser
+
+
+def execute(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Carry out a parsed command line and return the exit code."""
+    model, dtype = name_of(arguments.model), jnp.dtype(arguments.dtype)
     ways, results = arguments.recompute or ["auto"], []
-    try:
-        config, dtype = shape(arguments.model, arguments.layers), jnp.dtype(arguments.dtype)
+    out = arguments.out or default_out(model, arguments)
+    with failing_with(FAILURE):
+        config = shape(arguments.model, arguments.layers)
+        if arguments.new_tokens < 1:
+            raise ValueError(f"new-tokens {arguments.new_tokens} must be at least 1: it is the number of steps timed")
+        if arguments.plot is not None:
+            plot.check(arguments.plot)
+        report.prepare(out)
         positions = arguments.prompt + arguments.new_tokens + 16  # random weights: any number will do
         config = dataclasses.replace(config, max_positions=max(config.max_positions, positions))
         decoder = Decoder(Model(config, dtype=dtype, rngs=nnx.Rngs(0)))
@@ -178,25 +219,41 @@ def main(argv: Sequence[str] | None = None) -> int:
                 results.append(measure(decoder, prompts, arguments.new_tokens, request))
         # Last, since their buffers would count in the peak of device memory.
         link_gb_per_s, peak_flops_per_s = link.gb_per_s(), matmul.flops_per_s(dtype)
-    except (ValueError, MemoryError) as error:
-        print(f"kvpr_jax.profiling.decode: error: {error}", file=sys.stderr)
-        return 1
     lines = rows(results, link_gb_per_s, peak_flops_per_s)
-    measured = {
+    written = report.header("decode", argv) | {
+        "setting": {
+            "model": model,
+            "layers": config.num_layers,
+            "dtype": dtype.name,
+            "batch": arguments.batch,
+            "prompt": arguments.prompt,
+            "engine": arguments.engine,
+        },
         "link_gb_per_s": link_gb_per_s,
         "peak_flops_per_s": peak_flops_per_s,
         "profile": dataclasses.asdict(profile.load_or_measure(config, dtype, arguments.batch)),
         "results": results,
         "table": lines,
     }
-    if arguments.out is not None:
-        report.write(arguments.out, report.header("decode", argv) | measured)
     print(
-        f"{arguments.model}, {config.num_layers} layers, {dtype.name}, batch {arguments.batch}, prompt "
-        f"{arguments.prompt}; {jax.local_devices()[0].device_kind}, link {link_gb_per_s:.1f} GB/s, matrix products "
-        f"{peak_flops_per_s / 1e12:.1f} TFLOP/s\n\n{report.table(lines)}"
+        f"{plot.title(written)}; link {link_gb_per_s:.1f} GB/s, matrix products {peak_flops_per_s / 1e12:.1f} TFLOP/s"
+        f"\n\n{report.table(lines)}"
     )
+    note = Reporter(quiet=False).note
+    with failing_with(FAILURE):
+        report.write(out, written)
+        note(f"wrote {out}")
+        if arguments.plot is not None:
+            plot.write(written, arguments.plot)
+            note(f"wrote {arguments.plot}")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = parser().parse_args(argv)
+    return command_line.run("kvpr_jax.profiling.decode", lambda: execute(arguments, argv))
 
 
 if __name__ == "__main__":

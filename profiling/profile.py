@@ -142,11 +142,15 @@ def _layer_s(
     h = memory.placed(jnp.ones((batch, 1, config.hidden_size), dtype))
     tail: Segment = memory.placed(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.array(place.slots)))
 
+    definition, params = layer
+
     def calls() -> jax.Array:
         nonlocal tail
         out = h
         for _ in range(CALLS):
-            out, tail = steps.layer_step(*layer, out, segments, tail, place, recompute=recompute)
+            out, (tail,), _ = steps.decode_layers(
+                definition, (params,), out, (segments,), (tail,), place, (), recompute=recompute
+            )
         return out
 
     begin = time.perf_counter()
@@ -159,7 +163,7 @@ def _head_s(model: Model, batch: int) -> float:
     """Seconds of what surrounds the layers in a step: embedding and logits."""
     embedder = steps.split_module(model.embedder)
     tokens, place = jnp.zeros((batch, 1), jnp.int32), Place(jnp.zeros(1, jnp.int32), None)
-    return median_s(lambda: steps.logits(*embedder, steps.embed(*embedder, tokens, place)))
+    return median_s(lambda: steps.logits(*embedder, steps.embed(*embedder, tokens, place)[0]))
 
 
 def path_of(key: dict[str, str]) -> Path:

@@ -50,6 +50,35 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def prepare(path: Path) -> None:
+    """Make the folder of a file that is to be written, before anything takes long.
+
+    Raises:
+        ValueError: there can be no such file.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} cannot be written: {error}") from error
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} cannot be written: it is a directory")
+
+
 def write(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    """Write a report as JSON. A file is replaced: readers see the old one or the new one, never a part.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    prepare(path)
+    text = json.dumps(report, indent=1) + "\n"
+    part = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # /dev/null, say: to be written to
+            path.write_text(text)
+        else:
+            part.write_text(text)
+            os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ValueError(f"{str(path)!r} cannot be written: {error}") from error

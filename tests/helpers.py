@@ -1,12 +1,14 @@
 """What several test modules share: tolerances, small models with random weights, a given profile, decoding by hand."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kvpr_jax import engines
 from kvpr_jax.cache import Cache
 from kvpr_jax.models import Model, llama, opt
 from kvpr_jax.models.positions import Rope
@@ -52,6 +54,13 @@ def profile(**changes: object) -> Profile:
         compile_s=0.5,
     )
     return dataclasses.replace(given, **changes)
+
+
+def each_engine(monkeypatch) -> Iterator[str]:
+    """What to request for each engine of a cache on the host: copies beside the steps, within them, in sequence."""
+    for engine, small_bytes in (("overlapped", 0), ("overlapped", 2**60), ("sequential", 0)):
+        monkeypatch.setattr(engines, "SMALL_BYTES", small_bytes)
+        yield engine
 
 
 def random_model(config, dtype: str = "float32", seed: int = 0, scale: float = 3.0) -> Model:

@@ -27,7 +27,7 @@ def new_cache(split: int, offload: str = "all") -> Cache:
     held += [filled(KeysValues, slots[split:])] if split < PROMPT else []
     place = memory.to_host if plan.offloaded else memory.placed
     layers = [tuple(place(segment) for segment in held) for _ in range(CONFIG.num_layers)]
-    return Cache(CONFIG, jnp.dtype("float32"), plan, layers, None, PROMPT)
+    return Cache(CONFIG, jnp.dtype("float32"), plan, layers, PROMPT, None)
 
 
 def filled(form, slots):

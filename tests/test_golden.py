@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helpers import assert_close, greedy
+from helpers import assert_close, each_engine, greedy
 from kvpr_jax import checkpoint, scheduler
 from kvpr_jax.runtime import Decoder
 from kvpr_jax.scheduler import Request
 
 GOLDEN = Path(__file__).parent / "golden"
-ENGINES = ("overlapped", "sequential")
 EDGE, PROMPT = 16, 18  # the bucket edge within the longest prompt, and its length
 
 # Name, split, recompute, tokens of the tail. Every way to hold the cache for the two main architectures, and two for
@@ -96,11 +95,11 @@ def test_the_grid_covers_every_case_and_the_edges_of_a_bucket():
 
 
 @pytest.mark.parametrize("name, split, recompute, tail", GRID)
-def test_float32_equals_transformers(name, split, recompute, tail):
+def test_float32_equals_transformers(name, split, recompute, tail, monkeypatch):
     golden = read(name)
     decoder = Decoder(checkpoint.load_model(golden.directory, "float32"))
     new_tokens = golden.tokens.shape[1]
-    for engine in ENGINES:
+    for engine in each_engine(monkeypatch):
         request = Request(split=str(split), recompute=recompute, engine=engine, tail_tokens=tail)
         tokens, logits, cache, plan = greedy(decoder, golden.prompts, new_tokens, request)
         np.testing.assert_array_equal(tokens, golden.tokens)
@@ -136,14 +135,14 @@ def test_a_narrow_type_errs_no_more_than_with_keys_and_values_alone(name, dtype)
 
 
 @pytest.mark.parametrize("split, recompute", [("0", "project"), ("50%", "absorb"), ("100%", "project")])
-def test_the_bundled_model_equals_transformers(split, recompute):
+def test_the_bundled_model_equals_transformers(split, recompute, monkeypatch):
     golden = read("bundled")
     stored = hashlib.sha256((checkpoint.BUNDLED / "model.safetensors").read_bytes()).hexdigest()
     assert stored == golden.more["model_sha256"], "models/tiny has changed: run python tests/make_golden.py bundled"
     tokenizer = checkpoint.load_tokenizer(checkpoint.BUNDLED)
     assert [tokenizer(text)["input_ids"] for text in golden.more["texts"].tolist()] == golden.prompts
     decoder = Decoder(checkpoint.load_model(checkpoint.BUNDLED, "float32"))
-    for engine in ENGINES:
+    for engine in each_engine(monkeypatch):
         request = Request(split=split, recompute=recompute, engine=engine, tail_tokens=7)
         tokens, logits, _, _ = greedy(decoder, golden.prompts, golden.tokens.shape[1], request)
         np.testing.assert_array_equal(tokens, golden.tokens)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvpr_jax
-from helpers import assert_close, greedy
+from helpers import assert_close, each_engine, greedy
 from kvpr_jax import checkpoint, evaluate, scheduler, steps
 from kvpr_jax.models import Model
 from kvpr_jax.runtime import Decoder
@@ -30,7 +30,6 @@ import make_golden  # noqa: E402
 SEED = 77  # of the checkpoints; none of the golden ones
 LENGTHS = (19, 5, 1, 12)
 EDGE, PROMPT = 16, 19  # the bucket edge within the longest prompt, and its length
-ENGINES = ("overlapped", "sequential")
 WHOLE_GRID = (
     "opt", "opt-350m", "llama", "mistral", "gpt2", "gpt-neox", "phi", "bloom", "gemma", "olmo2", "qwen2", "qwen3",
 )  # fmt: skip
@@ -80,11 +79,11 @@ def reference(tmp_path_factory) -> Callable[[str], Reference]:
 
 
 @pytest.mark.parametrize("name, split, recompute, tail", GRID)
-def test_greedy_text_equals_transformers(reference, name, split, recompute, tail):
+def test_greedy_text_equals_transformers(reference, name, split, recompute, tail, monkeypatch):
     assert scheduler.buckets(PROMPT) == [0, EDGE, PROMPT]
     expected = reference(name)
     decoder = Decoder(expected.model)
-    for engine in ENGINES:
+    for engine in each_engine(monkeypatch):
         request = Request(split=str(split), recompute=recompute, engine=engine, tail_tokens=tail)
         tokens, logits, cache, plan = greedy(decoder, expected.prompts, make_golden.NEW_TOKENS, request)
         np.testing.assert_array_equal(tokens, expected.tokens)

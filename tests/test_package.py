@@ -109,7 +109,7 @@ def test_the_metadata_is_the_projects(built):
         assert folder + "licenses/LICENSE" in archive.namelist()
     assert (metadata["Name"], metadata["Version"]) == ("kvpr-jax", __version__)
     assert (metadata["Requires-Python"], metadata["License-Expression"]) == (">=3.11", "Apache-2.0")
-    assert set(metadata.get_all("Provides-Extra")) == {"cuda12", "cuda13", "test", "oracle"}
+    assert set(metadata.get_all("Provides-Extra")) == {"cuda12", "cuda13", "plot", "torch", "test", "oracle"}
     needed = [requirement for requirement in metadata.get_all("Requires-Dist") if "extra ==" not in requirement]
     names = {requirement.split(">")[0].split("=")[0].split("[")[0].strip() for requirement in needed}
     assert {"jax", "jaxlib", "flax", "numpy", "transformers", "safetensors", "rich"} <= names

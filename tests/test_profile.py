@@ -1,9 +1,11 @@
 """The machine profile: measured for real on small shapes, stored atomically, never trusted when it does not match."""
 
 import dataclasses
+import itertools
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from helpers import OPT, profile
@@ -109,3 +111,29 @@ def test_a_control_group_limits_host_memory(monkeypatch, tmp_path):
     assert memory.free_host_bytes() == 2_400_000_000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.free_host_bytes() > 2_000_000_000
+
+
+def test_regions_of_pinned_memory_hold_all_arrays_and_are_the_least_that_do():
+    rng = np.random.default_rng(0)
+    for array, nbytes in zip(rng.integers(1, 40, 500).tolist(), rng.integers(1, 600, 500).tolist(), strict=True):
+        sizes, arrays = memory.regions(nbytes, array), -(-nbytes // array)
+        allowed = [2**power for power in range((max(array, nbytes // 64) - 1).bit_length(), 11)]
+        enough = [
+            sum(chosen) for count in range(1, len(allowed) + 1) for chosen in itertools.combinations(allowed, count)
+            if sum(size // array for size in chosen) >= arrays
+        ]  # fmt: skip
+        assert sum(size // array for size in sizes) >= arrays and sum(sizes) == min(enough)
+        assert sizes == sorted(set(sizes)) and set(sizes) <= set(allowed)
+
+
+def test_pinned_memory_is_reserved_once(monkeypatch):
+    """Two caches at once, then a third in the place of one that is gone."""
+    asked = []
+    monkeypatch.setattr(memory, "device_memory_is_host_memory", lambda: False)
+    monkeypatch.setattr(memory, "_pool_bytes", 0)
+    monkeypatch.setattr(memory.jax, "device_put", lambda array, _: asked.append(array.nbytes) or array)
+    live = iter([0, 2**20, 2**20])
+    monkeypatch.setattr(memory, "_live_pinned_bytes", lambda: next(live))
+    for _ in range(3):
+        memory.reserve_pinned(2**20, 2**16)
+    assert asked == [2**20, 2**20] and memory._pool_bytes == 2**21

@@ -78,36 +78,91 @@ def test_host_segments_are_in_pinned_host_memory_and_counted():
     assert cache.fetched_bytes == 2 * expected  # the first of three tokens comes from prefill
 
 
+class Link:
+    """Segments whose copies are never done until somebody waits for a layer behind them."""
+
+    def __init__(self, layers):
+        self.layers, self.issued, self.held, self.most = layers, 0, [], 0
+
+    def fetch(self, layer):
+        assert layer == self.issued % self.layers
+        self.issued += 1
+        self.held.append(self.issued)
+        self.most = max(self.most, len(self.held))
+        return (self.issued,)
+
+    def on_host(self, layer):
+        return (layer,)
+
+    def on_device(self, layer):
+        return ()
+
+    def compute(self, layers, h, segments, ahead):
+        return Output(self, segments[0][0]), self.fetch(*ahead) if ahead else ()
+
+
+class Output:
+    def __init__(self, link, segment):
+        self.link, self.segment = link, segment
+
+    def block_until_ready(self):  # a layer that is done frees its segments, and those of the layers before it
+        while self.link.held and self.link.held[0] <= self.segment:
+            self.link.held.pop(0)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
 @pytest.mark.parametrize("flush_every", [1, 2, 100])
-def test_the_window_holds_over_the_ends_of_steps(flush_every):
-    """With copies that are never done until somebody waits for a layer behind them."""
-    layers, held, most = 5, [], 0
-
-    class Output:
-        def __init__(self, segments):
-            self.segments = segments
-
-        def block_until_ready(self):  # a layer that is done frees its segments, and those of the layers before it
-            while held and held[0] <= self.segments:
-                held.pop(0)
-
-    issued = 0
-
-    def fetch(layer):
-        nonlocal issued, most
-        assert issued % layers == layer
-        issued += 1
-        held.append(issued)
-        most = max(most, len(held))
-        return issued
-
-    engine = engines.Overlapped()
+@pytest.mark.parametrize("window", [3, 4, 9])
+def test_the_window_holds_over_the_ends_of_steps(flush_every, layers, window):
+    link, engine = Link(layers), engines.Overlapped(window)
     step_unchecked = engines.Overlapped.step.__wrapped__  # without the check that hidden states are arrays
     for step in range(6):
-        more = (step + 1) % flush_every != 0
-        step_unchecked(engine, layers, fetch, lambda layer, h, segments: Output(segments), None, more)
-    assert issued == layers * 6 + (flush_every == 100)
-    assert most == engines.WINDOW
+        step_unchecked(engine, layers, link, link.compute, None, (step + 1) % flush_every != 0)
+    ahead = min(layers, window - 1) * (flush_every == 100)
+    assert link.issued == layers * 6 + ahead
+    assert max(engines.WINDOW, min(window, layers)) <= link.most <= window
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_copies_within_the_steps_keep_to_the_window(layers):
+    link, engine = Link(layers), engines.InStep()
+    for _ in range(6):
+        engines.InStep.step.__wrapped__(engine, layers, link, link.compute, None, True)
+    assert link.issued == layers * 6 + 1
+    assert link.most == engines.WINDOW
+    engines.InStep.step.__wrapped__(engine, layers, link, link.compute, None, False)
+    assert engine.ahead == () and link.issued == layers * 7 + 1
+
+
+@pytest.mark.parametrize("layers, groups", [(1, 1), (7, 1), (12, 2), (13, 13), (32, 4)])
+def test_layers_on_the_device_go_in_groups(layers, groups):
+    seen = []
+    link = Link(layers)
+    link.on_device = lambda layer: (layer,)
+
+    def compute(group, h, segments, ahead):
+        seen.append((list(group), [segment for (segment,) in segments], ahead))
+        return h, ()
+
+    engines.Resident.step.__wrapped__(engines.Resident(), layers, link, compute, None, True)
+    assert [layer for group, _, _ in seen for layer in group] == list(range(layers)) and len(seen) == groups
+    assert all(group == segments and ahead == () for group, segments, ahead in seen)
+
+
+@pytest.mark.parametrize("asked, layer_bytes, engine", [
+    ("overlapped", 0, engines.Resident),
+    ("overlapped", engines.SMALL_BYTES - 1, engines.InStep),
+    ("overlapped", engines.SMALL_BYTES, engines.Overlapped),
+    ("sequential", engines.SMALL_BYTES, engines.Sequential),
+])  # fmt: skip
+def test_an_engine_for_what_crosses(asked, layer_bytes, engine):
+    assert type(engines.engine_for(asked, layer_bytes)) is engine
+
+
+def test_small_layers_get_a_wider_window():
+    mib = 2**20
+    assert [engines.window(n * mib) for n in (1, 15, 16, 32, 64, 65, 100, 512)] == [3, 3, 16, 8, 4, 3, 3, 3]
+    assert engines.engine_for("overlapped", 32 * mib).window == 8
 
 
 def test_a_cache_that_is_dropped_is_freed_at_once():
@@ -129,19 +184,21 @@ def test_a_cache_that_is_dropped_is_freed_at_once():
 def test_engine_holds_no_more_than_its_window_on_the_device(engine, most, monkeypatch):
     """Counts live device arrays of the shape of a host segment at every compute of a step."""
     layers = 7
+    monkeypatch.setattr(engines, "SMALL_BYTES", 0)
+    monkeypatch.setattr(engines, "WINDOW_BYTES", 0)
     config = OPT.__class__(**(vars(OPT) | {"num_layers": layers}))
     decoder = Decoder(random_model(config))
     prompts = random_prompts((17, 17), config.vocab_size)
     cache, logits = decoder.prefill(prompts, decoder.plan(prompts, 4, Request(split="17", engine=engine)))
     held: list[int] = []
-    compute = steps.layer_step
+    compute = steps.decode_layers
 
     def counting(*args, **kwargs):
         alive = [a for a in jax.live_arrays() if a.shape == (2, 17, 44) and a.sharding.memory_kind == memory.DEVICE]
         held.append(len(alive))
         return compute(*args, **kwargs)
 
-    monkeypatch.setattr(steps, "layer_step", counting)
+    monkeypatch.setattr(steps, "decode_layers", counting)
     for _ in range(2):
         logits = decoder.step(cache, logits.argmax(-1).astype(jnp.int32))
     assert len(held) == 2 * layers
@@ -174,7 +231,7 @@ def test_prefill_keeps_no_more_than_its_window_on_the_device(monkeypatch):
 
 
 @pytest.mark.parametrize("config, module", [(OPT, opt), (LLAMA, llama)], ids=["opt", "llama"])
-def test_a_layer_step_is_traced_once_per_shape(config, module, monkeypatch):
+def test_a_decode_layers_is_traced_once_per_shape(config, module, monkeypatch):
     """Not once per layer, per token, per prompt content or per temperature."""
     jax.clear_caches()
     traces: list[str] = []
@@ -190,7 +247,7 @@ def test_a_layer_step_is_traced_once_per_shape(config, module, monkeypatch):
         prompts = random_prompts((13, 7), config.vocab_size, seed)
         greedy(decoder, prompts, 6, Request(split="6", tail_tokens=10, recompute="absorb"))
     assert traces == ["prefill", "step"]
-    assert steps.layer_step._cache_size() == 1 and steps.prefill_layer._cache_size() == 1
+    assert steps.decode_layers._cache_size() == 1 and steps.prefill_layer._cache_size() == 1
     greedy(decoder, prompts, 6, Request(split="5", tail_tokens=10, recompute="absorb"))
     assert traces == ["prefill", "step"] * 2
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import jinja2
 import numpy as np
 import transformers
@@ -151,10 +152,12 @@ def token_steps(
     sampling.check()
     keys = prompt_keys(seed, prompts)
     cache, logits = decoder.prefill(prompts, plan, progress)
-    tokens = steps.sample(logits, keys, 0, sampling)
+    # On the device once and for all: what a step uploads would queue behind the copies of segments.
+    sampling, index = memory.placed((sampling, jnp.int32(0)))
+    tokens, index = steps.sample(logits, keys, index, sampling)
     yield np.asarray(tokens), cache
-    for index in range(1, max_new_tokens):
-        tokens = steps.sample(decoder.step(cache, tokens), keys, index, sampling)
+    for _ in range(1, max_new_tokens):
+        tokens, index = steps.sample(decoder.step(cache, tokens), keys, index, sampling)
         yield np.asarray(tokens), cache
 
 

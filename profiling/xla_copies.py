@@ -1,0 +1,228 @@
+"""The XLA side of the overlap study: the same decode step in each form that XLA's asynchronous copies can take.
+
+    device_put          copies issued one by one, then the layer's step: `engines.Overlapped`, for large layers
+    in the layer step   the next layer's copies within the layer's step: `engines.InStep`, for small ones
+    in one step         all layers and their copies in one compiled function, which is compiled for each model and shape
+
+Run by `profiling/overlap.py`, in a process without PyTorch.
+"""
+
+import dataclasses
+import functools
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from kvpr_jax import engines, memory, steps
+from kvpr_jax.models import Model
+from kvpr_jax.models.attention import Recompute
+from kvpr_jax.profiling import decode, link, timeline
+from kvpr_jax.profiling.overlap import TAIL_TOKENS, TRIALS, WARM_UP, Measured, Setting, serve
+from kvpr_jax.runtime import Decoder
+from kvpr_jax.segments import Activations, KeysValues, Place, Segment
+
+
+class Stopwatch:
+    """Adds up the seconds that are spent within it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self.begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self.begin
+
+
+@dataclasses.dataclass
+class Host:
+    """Segments of every layer, all on the host: an engine's source."""
+
+    segments: list[tuple[Segment, ...]]
+    issuing: Stopwatch
+
+    def fetch(self, layer: int) -> tuple[Segment, ...]:
+        with self.issuing:
+            return tuple(map(memory.fetched, self.segments[layer]))
+
+    def on_host(self, layer: int) -> tuple[Segment, ...]:
+        return self.segments[layer]
+
+    def on_device(self, layer: int) -> tuple[Segment, ...]:
+        return ()
+
+
+@jax.jit
+def touched(h: Array, segments: tuple[Segment, ...], ahead: tuple[Segment, ...]) -> tuple[Array, tuple[Segment, ...]]:
+    """In the place of a layer's compute: next to nothing, but it reads what was copied; `ahead` comes to the device."""
+    for leaf in jax.tree.leaves(segments):
+        h = h + 0 * leaf.ravel()[-1].astype(h.dtype)
+    return h, memory.arriving(ahead)
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "recompute"), donate_argnames=("tails",))
+def whole_step(
+    definition: steps.Definition,
+    params: tuple[steps.Params, ...],
+    h: Array,
+    layers: tuple[tuple[Segment, ...], ...],
+    tails: tuple[Segment, ...],
+    place: Place,
+    *,
+    recompute: Recompute | None,
+) -> tuple[Array, tuple[Segment, ...]]:
+    """All layers in one function: the copies of layer i+1 may begin once layer i-1 is done, which bounds the window.
+
+    Args:
+        recompute: None: copies alone.
+    """
+    ahead, written = memory.arriving(layers[0]), []
+    for index, (of_layer, tail) in enumerate(zip(params, tails, strict=True)):
+        segments = ahead
+        if index + 1 < len(params):
+            following, h = jax.lax.optimization_barrier((layers[index + 1], h))
+            ahead = memory.arriving(following)
+        if recompute is None:
+            h, _ = touched(h, segments, ())
+        else:
+            h, (tail,), _ = steps.decode_layers(
+                definition, (of_layer,), h, (segments,), (tail,), place, (), recompute=recompute
+            )
+        written.append(tail)
+    return h, tuple(written)
+
+
+def trials(function: Callable[[], Any], issued: Callable[[], float] | None = None) -> tuple[list[float], list[float]]:
+    """Seconds of each trial until its result is there, and until the host had issued all of it.
+
+    Args:
+        issued: seconds that the last trial spent in issuing, where the function waits in between.
+    """
+    seconds, issue = [], []
+    for _ in range(WARM_UP + TRIALS):
+        begin = time.perf_counter()
+        result = function()
+        issue.append(issued() if issued else time.perf_counter() - begin)
+        jax.block_until_ready(result)
+        seconds.append(time.perf_counter() - begin)
+    return seconds[WARM_UP:], issue[WARM_UP:]
+
+
+def traced(step: Callable[[], Any]) -> list[timeline.Span]:
+    """What the device does in one step."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            for _ in range(WARM_UP + 1):
+                with jax.profiler.TraceAnnotation(timeline.STEP):
+                    jax.block_until_ready(step())
+        (trace,) = Path(folder).rglob("*.trace.json.gz")
+        return timeline.last_step(trace)
+
+
+class Decoding:
+    """A step over layers whose segments are in pinned host memory."""
+
+    def __init__(self, setting: Setting) -> None:
+        dtype = jnp.dtype(setting.dtype)
+        config = decode.shape(setting.model, setting.layers)
+        self.decoder = Decoder(Model(config, dtype=dtype, rngs=nnx.Rngs(0)))
+        self.recompute, self.count = setting.recompute, setting.layers
+        batch, streamed = setting.batch, setting.prompt - setting.split
+
+        def random(*shape: int) -> Array:
+            return jax.random.normal(jax.random.key(0), shape, dtype)
+
+        def keys_values(first: int, tokens: int) -> KeysValues:
+            shape = (batch, tokens, config.num_kv_heads, config.head_dim)
+            return KeysValues(random(*shape), random(*shape), jnp.arange(first, first + tokens, dtype=jnp.int32))
+
+        held: list[Segment] = []
+        if setting.split:
+            x = random(batch, setting.split, config.hidden_size)
+            held.append(Activations(x, jnp.arange(setting.split, dtype=jnp.int32)))
+        if streamed:
+            held.append(keys_values(setting.split, streamed))
+        nbytes = sum(segment.nbytes for segment in held)
+        memory.reserve_pinned(setting.layers * nbytes, max(array.nbytes for array in jax.tree.leaves(held)))
+        self.on_device = memory.placed(tuple(held))
+        self.issuing = Stopwatch()
+        self.host = Host([tuple(map(memory.to_host, held)) for _ in range(setting.layers)], self.issuing)
+        jax.block_until_ready(self.host.segments)
+        self.tails: list[Segment] = [memory.placed(keys_values(setting.prompt, TAIL_TOKENS)) for _ in range(self.count)]
+        self.place = memory.placed(Place(jnp.array([setting.prompt + TAIL_TOKENS // 2], jnp.int32), None))
+        self.h = memory.placed(random(batch, 1, config.hidden_size))
+
+    def step(self, engine: engines.Overlapped | engines.InStep) -> Array:
+        """A step by one of the product's engines; `issuing` has the seconds that the host does not wait."""
+        self.issuing.seconds = 0.0
+        compute = self.decoder.compute(self.tails, self.place, self.recompute)
+
+        def timed(*arguments: Any) -> tuple[Array, tuple[Segment, ...]]:
+            with self.issuing:
+                return compute(*arguments)
+
+        return engine.step(self.count, self.host, timed, self.h, True)
+
+    def copies(self, engine: engines.Overlapped | engines.InStep) -> Array:
+        """The copies of a step by one of the product's engines."""
+        return engine.step(
+            self.count, self.host, lambda _, h, segments, ahead: touched(h, segments[0], ahead), self.h, True
+        )
+
+    def by_layer(self) -> Array:
+        """Layer after layer, over segments that are on the device."""
+        h, compute = self.h, self.decoder.compute(self.tails, self.place, self.recompute)
+        for layer in range(self.count):
+            h, _ = compute((layer,), h, (self.on_device,), ())
+        return h
+
+    def whole(self, recompute: Recompute | None) -> Array:
+        decoder = self.decoder
+        h, tails = whole_step(
+            decoder.layer, tuple(decoder.params), self.h, tuple(self.host.segments), tuple(self.tails), self.place,
+            recompute=recompute,
+        )  # fmt: skip
+        self.tails = list(tails)
+        return h
+
+    def whole_alone(self) -> Array:
+        """All layers in one compiled function, over segments that are on the device."""
+        compute = self.decoder.compute(self.tails, self.place, self.recompute)
+        return compute(range(self.count), self.h, [self.on_device] * self.count, ())[0]
+
+
+def measure(setting: Setting) -> list[Measured]:
+    """Each variant's seconds for copies alone, compute alone and both, of the host's issuing, and one step's spans."""
+    decoding, results = Decoding(setting), []
+    window = engines.window(setting.link_bytes // setting.layers)
+    for variant, engine in (
+        ("XLA, device_put", lambda: engines.Overlapped(window)),
+        ("XLA, in the layer step", engines.InStep),
+    ):
+        running = engine()
+        copy_s, _ = trials(lambda running=running: decoding.copies(running))
+        compute_s, _ = trials(decoding.by_layer)
+        running = engine()
+        both = functools.partial(decoding.step, running)
+        both_s, issue_s = trials(both, lambda: decoding.issuing.seconds)
+        results.append(Measured(variant, copy_s, compute_s, both_s, issue_s, traced(both)))
+    copy_s, _ = trials(lambda: decoding.whole(None))
+    compute_s, _ = trials(decoding.whole_alone)
+    both = functools.partial(decoding.whole, decoding.recompute)
+    both_s, issue_s = trials(both)
+    results.append(Measured("XLA, in one step", copy_s, compute_s, both_s, issue_s, traced(both)))
+    return results
+
+
+if __name__ == "__main__":
+    serve(measure, link.gb_per_s)
