@@ -23,7 +23,7 @@ Compute = Callable[
 ]
 
 WINDOW = 3  # layers whose host segments may be on the device at once: in use, arriving, and issued
-WINDOW_BYTES = 256 * 2**20  # or more layers, if they are no larger together: what covers the end of a step
+WINDOW_BYTES, WINDOW_MOST = 256 * 2**20, 32  # more of small layers, so many bytes and layers at most
 SMALL_BYTES = 16 * 2**20  # of a layer: fewer cross in less time than it takes to issue their copies
 GROUP = 8  # layers in one call, at most, where nothing crosses
 
@@ -92,10 +92,12 @@ class Overlapped:
 class InStep:
     """For small layers: the copies of layer i+1 are part of the compiled step of layer i, one call in place of several.
 
-    The device holds three layers here too: before layer i is issued, layer i-2 must be done.
+    The window bounds what is issued here too: of three, before layer i is issued, layer i-2 must be done. It is wider
+    for small layers, since a host that often waits for layers that are soon done wakes up too late to issue the next.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, window: int = WINDOW) -> None:
+        self.window = window
         self.ahead: tuple[Segment, ...] = ()  # the first layer's, brought by the last layer of the step before
         self.running: collections.deque[Array] = collections.deque()
 
@@ -103,7 +105,7 @@ class InStep:
         if not self.ahead:
             self.ahead = tuple(source.fetch(0))
         for layer in range(layers):
-            while len(self.running) >= WINDOW - 1:
+            while len(self.running) >= self.window - 1:
                 self.running.popleft().block_until_ready()
             segments, following = self.ahead, (layer + 1) % layers
             h, fetched = compute((layer,), h, (segments,), source.on_host(following))
@@ -137,9 +139,12 @@ def engine_for(engine: Engine, layer_bytes: int) -> Sequential | Overlapped | In
         return Sequential()
     if not layer_bytes:
         return Resident()
-    return InStep() if layer_bytes < SMALL_BYTES else Overlapped(window(layer_bytes))
+    return (InStep if layer_bytes < SMALL_BYTES else Overlapped)(window(layer_bytes))
 
 
 def window(layer_bytes: int) -> int:
-    """Layers that an engine keeps on the device of those on the host, at most."""
-    return WINDOW if layer_bytes < SMALL_BYTES else max(WINDOW, WINDOW_BYTES // layer_bytes)
+    """Layers that an engine keeps on the device of those on the host, at most: the wider, the smaller they are.
+
+    While the window's copies cross, the host chooses the next token and issues the first layers of the next step.
+    """
+    return max(WINDOW, min(WINDOW_MOST, WINDOW_BYTES // max(1, layer_bytes)))

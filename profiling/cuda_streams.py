@@ -139,11 +139,18 @@ class Decoding:
             for _ in range(WINDOW)
         ]
         self.host = [
-            [[array.to("cpu").pin_memory() for array in segment] for segment in self.ring[0]] for _ in self.layers
+            [
+                [torch.empty_like(array, device="cpu", pin_memory=True).copy_(array) for array in segment]
+                for segment in self.ring[0]
+            ]
+            for _ in self.layers
         ]
         self.copies = torch.cuda.Stream()
-        self.arrived = [torch.cuda.Event() for _ in range(WINDOW)]
-        self.used = [torch.cuda.Event() for _ in range(WINDOW)]
+        self.begin()
+
+    def begin(self) -> None:
+        """With a ring that nothing is using."""
+        self.arrived, self.used = ([torch.cuda.Event() for _ in range(WINDOW)] for _ in range(2))
         self.issued = self.computed = 0  # layers since the beginning; both count on over the ends of steps
 
     def fetch(self) -> None:
@@ -182,8 +189,7 @@ class Decoding:
 
     def captured(self, compute: Callable[[Tensor, int, int], Tensor]) -> Tensor:
         """A step for a CUDA graph: all that it needs is issued and awaited within it."""
-        self.arrived, self.used = ([torch.cuda.Event() for _ in range(WINDOW)] for _ in range(2))
-        self.issued = self.computed = 0
+        self.begin()
         stream = torch.cuda.current_stream()
         self.copies.wait_stream(stream)
         h = self.both(compute, more=False)
@@ -236,12 +242,12 @@ def traced(step: Callable[[], Any], wait: Callable[[], None]) -> list[timeline.S
         return timeline.last_step(trace)
 
 
-def measure(setting: Setting) -> list[Measured]:
+def measure(decoding: Decoding) -> list[Measured]:
     """Each variant's seconds for copies alone, compute alone and both, of the host's issuing, and one step's spans."""
     results = []
     with torch.inference_mode():
-        decoding = Decoding(setting)
         wait = torch.cuda.current_stream().synchronize
+        decoding.begin()
         copy_s, _ = trials(lambda: decoding.both(decoding.touch), wait)
         compute_s, _ = trials(decoding.compute_alone, wait)
         both_s, issue_s = trials(lambda: decoding.both(decoding.compute), wait)
@@ -265,4 +271,4 @@ def measure(setting: Setting) -> list[Measured]:
 
 
 if __name__ == "__main__":
-    serve(measure, link_gb_per_s)
+    serve(Decoding, measure, link_gb_per_s)

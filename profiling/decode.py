@@ -55,7 +55,7 @@ def name_of(model: str) -> str:
 def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, request: Request) -> dict[str, Any]:
     """Prefill and time every decode step of one setting, once all is compiled and the pinned memory is reserved."""
     plan = decoder.plan(prompts, steps + 1, request)
-    short = shortened(decoder)
+    short = shortened(decoder, plan)
     first_s, later_s = (sum_of(run(short, prompts, plan, steps)[0]) for _ in range(2))
     times, cache, logits = run(decoder, prompts, plan, steps)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves((decoder.embedder[1], decoder.params)))
@@ -72,10 +72,10 @@ def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, requ
     }
 
 
-def shortened(decoder: Decoder) -> Decoder:
+def shortened(decoder: Decoder, plan: Plan) -> Decoder:
     """The same model with few layers: it compiles all that the whole model needs, since layers share one function."""
     short = copy.copy(decoder)
-    short.params = decoder.params[: max(2, engines.group(len(decoder.params)))]
+    short.params = decoder.params[: 2 if plan.offloaded else engines.group(len(decoder.params))]
     short.config = dataclasses.replace(decoder.config, num_layers=len(short.params))
     return short
 

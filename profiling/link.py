@@ -7,32 +7,36 @@ from kvpr_jax.profiling.timing import median_s
 from kvpr_jax.segments import Activations
 
 MIB = 2**20
-SIZES = (MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
-LARGE_ON_CPU = 64 * MIB  # the largest there, where copies are slower and bandwidth shows earlier
-IN_FLIGHT = 16  # copies issued together, as the engine does
-TO_DEVICE_BYTES, TO_HOST_BYTES = 2048 * MIB, 256 * MIB  # of them at most; XLA keeps host memory that was pinned
+SIZES = (MIB, 4 * MIB, 16 * MIB, 64 * MIB)
+FEW, MANY = 2, 8  # copies issued together; what the others add to the first ones is free of the cost of beginning
+LARGE, LARGE_COPIES = 256 * MIB, 16  # what shows all of a GPU's bandwidth
 
 
 def copy_times(to_device: bool) -> list[tuple[int, float]]:
-    """(bytes, seconds) of one copy of each of `SIZES`, of several in flight, in either direction."""
-    largest = LARGE_ON_CPU if memory.device_memory_is_host_memory() else TO_DEVICE_BYTES if to_device else 64 * MIB
-    return [(size, copy_s(to_device, size)) for size in SIZES if size <= largest]
+    """(bytes, seconds) that a copy of each of `SIZES` adds to others that are under way, in either direction."""
+    return [(size, copy_s(to_device, size)) for size in SIZES]
 
 
 def copy_s(to_device: bool, size: int) -> float:
-    """Seconds of one copy of `size` bytes, of several in flight."""
+    """Seconds that a copy of `size` bytes adds to others."""
+    few_s, many_s = (copies_s(to_device, size, copies) for copies in (FEW, MANY))
+    added_s = (many_s - few_s) / (MANY - FEW)
+    return added_s if added_s > 0 else many_s / MANY  # where small copies drown in noise
+
+
+def copies_s(to_device: bool, size: int, copies: int) -> float:
+    """Seconds of so many copies of `size` bytes, issued together."""
     tokens = size // jnp.dtype(jnp.float32).itemsize
     here = Activations(jnp.ones((1, tokens, 1), jnp.float32), jnp.arange(tokens, dtype=jnp.int32))
     source = memory.to_host(here) if to_device else here
     copy = memory.fetched if to_device else memory.to_host
-    in_flight = min(IN_FLIGHT, (TO_DEVICE_BYTES if to_device else TO_HOST_BYTES) // size)
-    return median_s(lambda: [copy(source).x for _ in range(in_flight)]) / in_flight
+    return median_s(lambda: [copy(source).x for _ in range(copies)])
 
 
 def gb_per_s() -> float:
     """1e9 bytes a second from pinned host memory to the device, of many large copies."""
-    size = min(SIZES[-1], LARGE_ON_CPU) if memory.device_memory_is_host_memory() else SIZES[-1]
-    return size / copy_s(True, size) / 1e9
+    size = SIZES[-1] if memory.device_memory_is_host_memory() else LARGE
+    return LARGE_COPIES * size / copies_s(True, size, LARGE_COPIES) / 1e9
 
 
 def line(times: list[tuple[int, float]]) -> tuple[float, float]:

@@ -74,12 +74,24 @@ class Measured:
         return (copy + compute - both) / min(copy, compute)
 
 
-def serve(measure: Callable[[Setting], list[Measured]], link_gb_per_s: Callable[[], float]) -> None:
-    """A side's process: the link's bandwidth once, then a line of results for each line with a setting."""
+def serve(
+    make: Callable[[Setting], Any], measure: Callable[[Any], list[Measured]], link_gb_per_s: Callable[[], float]
+) -> None:
+    """A side's process: the link's bandwidth once, then a line of results for each line with a setting.
+
+    Args:
+        make: what a setting needs, kept for as long as the setting stays the same.
+        measure: the variants, on what was made.
+    """
     results, sys.stdout = sys.stdout, sys.stderr  # so that nothing else gets between the lines
     print(json.dumps(link_gb_per_s()), file=results, flush=True)
+    setting = made = None
     for line in sys.stdin:
-        measured = measure(Setting(**json.loads(line)))
+        asked = Setting(**json.loads(line))
+        if asked != setting:
+            made = None  # first, so that there is room
+            setting, made = asked, make(asked)
+        measured = measure(made)
         print(json.dumps([dataclasses.asdict(each) for each in measured]), file=results, flush=True)
 
 

@@ -137,6 +137,7 @@ class Decoding:
         config = decode.shape(setting.model, setting.layers)
         self.decoder = Decoder(Model(config, dtype=dtype, rngs=nnx.Rngs(0)))
         self.recompute, self.count = setting.recompute, setting.layers
+        self.window = engines.window(setting.link_bytes // setting.layers)
         batch, streamed = setting.batch, setting.prompt - setting.split
 
         def random(*shape: int) -> Array:
@@ -201,18 +202,14 @@ class Decoding:
         return compute(range(self.count), self.h, [self.on_device] * self.count, ())[0]
 
 
-def measure(setting: Setting) -> list[Measured]:
+def measure(decoding: Decoding) -> list[Measured]:
     """Each variant's seconds for copies alone, compute alone and both, of the host's issuing, and one step's spans."""
-    decoding, results = Decoding(setting), []
-    window = engines.window(setting.link_bytes // setting.layers)
-    for variant, engine in (
-        ("XLA, device_put", lambda: engines.Overlapped(window)),
-        ("XLA, in the layer step", engines.InStep),
-    ):
-        running = engine()
+    results = []
+    for variant, engine in (("XLA, device_put", engines.Overlapped), ("XLA, in the layer step", engines.InStep)):
+        running = engine(decoding.window)
         copy_s, _ = trials(lambda running=running: decoding.copies(running))
         compute_s, _ = trials(decoding.by_layer)
-        running = engine()
+        running = engine(decoding.window)
         both = functools.partial(decoding.step, running)
         both_s, issue_s = trials(both, lambda: decoding.issuing.seconds)
         results.append(Measured(variant, copy_s, compute_s, both_s, issue_s, traced(both)))
@@ -225,4 +222,4 @@ def measure(setting: Setting) -> list[Measured]:
 
 
 if __name__ == "__main__":
-    serve(measure, link.gb_per_s)
+    serve(Decoding, measure, link.gb_per_s)

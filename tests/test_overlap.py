@@ -139,7 +139,7 @@ def test_xla_measures_each_of_its_forms(monkeypatch):
     )
     monkeypatch.setattr(xla_copies, "TRIALS", 1)
     setting = overlap.Setting("opt-125m", 2, 768, 12, 3072, 2, 8, 4, "absorb", "float32")
-    measured = xla_copies.measure(setting)
+    measured = xla_copies.measure(xla_copies.Decoding(setting))
     assert [each.variant for each in measured] == ["XLA, device_put", "XLA, in the layer step", "XLA, in one step"]
     for each in measured:
         assert all(

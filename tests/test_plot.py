@@ -36,7 +36,8 @@ def measured(split: int, recompute: str, step_s: list[float], offloaded: bool = 
     return {
         "plan": plan, "step_s": step_s, "step_bytes": [(128 - split) * 10**6 * offloaded] * len(step_s),
         "compute_s": step_s[0] / 4, "compile_s": 0.0, "prefill_s": 0.5, "prefill_flops": 10**9,
-        "predicted_device_bytes": 0, "pinned_bytes": [0], "cache_host_bytes": 0, "peak_device_bytes": None, "peak_host_bytes": 0,
+        "predicted_device_bytes": 0, "peak_device_bytes": None, "peak_host_bytes": 0,
+        "pinned_bytes": [0], "cache_host_bytes": 0,
     }  # fmt: skip
 
 

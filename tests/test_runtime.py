@@ -124,12 +124,13 @@ def test_the_window_holds_over_the_ends_of_steps(flush_every, layers, window):
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5])
-def test_copies_within_the_steps_keep_to_the_window(layers):
-    link, engine = Link(layers), engines.InStep()
+@pytest.mark.parametrize("window", [3, 4, 9])
+def test_copies_within_the_steps_keep_to_the_window(layers, window):
+    link, engine = Link(layers), engines.InStep(window)
     for _ in range(6):
         engines.InStep.step.__wrapped__(engine, layers, link, link.compute, None, True)
     assert link.issued == layers * 6 + 1
-    assert link.most == engines.WINDOW
+    assert link.most == min(window, layers * 6 + 1)
     engines.InStep.step.__wrapped__(engine, layers, link, link.compute, None, False)
     assert engine.ahead == () and link.issued == layers * 7 + 1
 
@@ -161,8 +162,9 @@ def test_an_engine_for_what_crosses(asked, layer_bytes, engine):
 
 def test_small_layers_get_a_wider_window():
     mib = 2**20
-    assert [engines.window(n * mib) for n in (1, 15, 16, 32, 64, 65, 100, 512)] == [3, 3, 16, 8, 4, 3, 3, 3]
+    assert [engines.window(n * mib) for n in (0, 1, 8, 16, 32, 64, 65, 100, 512)] == [32, 32, 32, 16, 8, 4, 3, 3, 3]
     assert engines.engine_for("overlapped", 32 * mib).window == 8
+    assert engines.engine_for("overlapped", 10 * mib).window == 25
 
 
 def test_a_cache_that_is_dropped_is_freed_at_once():
