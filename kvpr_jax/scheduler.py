@@ -256,10 +256,11 @@ def make_plan(
 
     # At the end of the run: new tokens are flushed in whole tails, those that are not activations as keys and values.
     streamed = workload.prompt_tokens - resident - split
-    flushed = workload.total_tokens - workload.prompt_tokens if offloaded else 0
-    flushed_activations = int(share * flushed / tail) * tail
+    written = workload.total_tokens - workload.prompt_tokens
+    flushes = max(0, written - 1) // tail if offloaded else 0  # a full tail leaves when the next token comes
+    flushed, flushed_activations = flushes * tail, int(share * flushes) * tail
     layer_bytes = costs.host_bytes(split + flushed_activations, streamed + flushed - flushed_activations)
-    tails = 2 if offloaded else 1  # while full ones leave for the host, empty ones are there
+    tails = 2 if flushes else 1  # while full ones leave for the host, empty ones are there
     token_bytes = costs.host_bytes(0, 1) * config.num_layers
     resident_bytes = resident * token_bytes
     plan = Plan(

@@ -1,4 +1,8 @@
-"""What every benchmark writes beside its figures: the machine, the versions, a table, one JSON file."""
+"""What every benchmark writes beside its figures: the machine, the versions, a table, one JSON file.
+
+`python -m kvpr_jax.profiling.report FOLDER` writes the tables of all reports in a folder to its README.md, each below
+the command that measured it.
+"""
 
 import datetime
 import importlib.metadata
@@ -6,6 +10,7 @@ import json
 import os
 import platform
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +18,10 @@ from typing import Any
 import jax
 
 from kvpr_jax._version import __version__
+from kvpr_jax.command_line import FAILURE, Parser, failing_with, run
 from kvpr_jax.profiling import profile
 
+PICTURES = (".svg", ".png")  # beside a report, with its name
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers")
 
 
@@ -82,3 +89,48 @@ def write(path: Path, report: dict[str, Any]) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise ValueError(f"{str(path)!r} cannot be written: {error}") from error
+
+
+def page(folder: Path) -> str:
+    """The README of a folder of reports: what stands before its first section, and a section for each report.
+
+    Raises:
+        ValueError: there are no reports, or a file is none; names it.
+    """
+    readme = folder / "README.md"
+    before = readme.read_text().split("\n## ")[0].strip() if readme.is_file() else f"# {folder.name}"
+    sections = [before]
+    for path in sorted(folder.glob("*.json")):
+        try:
+            report = json.loads(path.read_text())
+            versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+            sections.append(
+                f"## {path.stem}\n\n    {report['command']}\n\n{report['date']}, {report['machine']['device']}, driver "
+                f"{report['machine']['driver']}; {versions}.\n\n{table(report['table'])}"
+            )
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{path} is not a report of a benchmark: {error!r}") from error
+        pictures = [path.with_suffix(suffix) for suffix in PICTURES if path.with_suffix(suffix).is_file()]
+        sections += [f"![{path.stem}]({picture.name})" for picture in pictures]
+    if len(sections) == 1:
+        raise ValueError(f"{folder} has no reports: it must be a folder of the benchmarks' JSON files")
+    return "\n\n".join(sections) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = Parser(prog="python -m kvpr_jax.profiling.report", description="Write a folder's README from its reports.")
+    parser.add_argument("folder", metavar="FOLDER", type=Path)
+    arguments = parser.parse_args(argv)
+
+    def execute() -> int:
+        with failing_with(FAILURE):
+            text = page(arguments.folder)
+        (arguments.folder / "README.md").write_text(text)
+        return 0
+
+    return run("kvpr_jax.profiling.report", execute)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

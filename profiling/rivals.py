@@ -206,7 +206,8 @@ def execute(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         written = {"command": f"python -m kvpr_jax.profiling.rivals {shlex.join(argv)}"}
         written |= {name: ours[name] for name in ("date", "machine", "versions", "setting")}
         with failing_with(FAILURE):
-            report.write(arguments.out, written | {"kvpr_jax": ours, "transformers": theirs, "table": lines})
+            own = {name: value for name, value in ours.items() if name != "command"}  # it names a folder that is gone
+            report.write(arguments.out, written | {"kvpr_jax": own, "transformers": theirs, "table": lines})
         Reporter(quiet=False).note(f"wrote {arguments.out}")
     return 0
 

@@ -159,3 +159,25 @@ def test_an_unknown_shape_is_one_line(capsys):
 def test_named_shapes_have_the_published_size(name, billions):
     nbytes = checkpoint.weights_bytes(decode.shape(name, None), jnp.dtype("bfloat16"))
     assert nbytes / 2 / 1e9 == pytest.approx(billions, abs=0.001)
+
+
+RESULTS = Path(__file__).parents[1] / "profiling" / "results"
+
+
+@pytest.mark.parametrize("folder", sorted(path for path in RESULTS.iterdir() if path.is_dir()), ids=lambda p: p.name)
+def test_the_pages_of_results_are_what_their_reports_say(folder):
+    assert (folder / "README.md").read_text() == reports.page(folder)
+
+
+def test_a_page_has_each_report_below_its_command(tmp_path, capsys):
+    assert reports.main([str(tmp_path)]) == 1 and "has no reports" in capsys.readouterr().err
+    report = reports.header("decode", ["--batch", "3"]) | {"table": [{"a": "1", "b": "2"}]}
+    reports.write(tmp_path / "some.json", report)
+    (tmp_path / "some.svg").write_text("<svg/>")
+    (tmp_path / "README.md").write_text("# Here\n\nBy hand.\n\n## old\n\ngone\n")
+    assert reports.main([str(tmp_path)]) == 0
+    page = (tmp_path / "README.md").read_text()
+    assert page.startswith("# Here\n\nBy hand.\n\n## some\n\n    python -m kvpr_jax.profiling.decode --batch 3\n\n")
+    assert page.endswith("| a | b |\n| --- | --- |\n| 1 | 2 |\n\n![some](some.svg)\n") and "gone" not in page
+    (tmp_path / "other.json").write_text("{}")
+    assert reports.main([str(tmp_path)]) == 1 and "other.json is not a report" in capsys.readouterr().err
