@@ -10,6 +10,8 @@ logarithm of the tokens generated.
 """
 
 import dataclasses
+from collections.abc import Callable
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,8 @@ from kvpr_jax.config import ModelConfig
 from kvpr_jax.engines import InStep, Overlapped, Resident, Sequential, engine_for
 from kvpr_jax.scheduler import Plan
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
+
+Join = Callable[[tuple[Segment, ...]], Segment]
 
 MERGE = 4  # flushed segments of equal length that become one
 
@@ -39,6 +43,8 @@ class Cache:
         engine: carries out its decode steps; chosen by what they move.
         bytes_per_step: bytes that cross the link in a step: all segments on the host.
         fetched_bytes: bytes that steps have moved over the link so far.
+        flushes: full tails so far.
+        preparing: the compilation of what the next flush will make necessary, if it has begun.
     """
 
     config: ModelConfig
@@ -52,6 +58,8 @@ class Cache:
     engine: Sequential | Overlapped | InStep | Resident = dataclasses.field(init=False)
     bytes_per_step: int = dataclasses.field(init=False)
     fetched_bytes: int = 0
+    flushes: int = 0
+    preparing: futures.Future[None] | None = None
 
     def __post_init__(self, start: Int[Array, " B"] | None) -> None:
         self.place = memory.placed(Place(jnp.array([self.length], jnp.int32), start))
@@ -63,8 +71,8 @@ class Cache:
         return self.length == self._tail_start + self.plan.tail_tokens
 
     def fetch(self, layer: int) -> tuple[Segment, ...]:
-        """The layer's segments on the device: those on the host are copied, asynchronously."""
-        return tuple(memory.fetched(segment) for segment in self.layers[layer])
+        """The layer's segments on the device: those on the host, copied asynchronously, before those that stay."""
+        return (*map(memory.fetched, self.on_host(layer)), *self.on_device(layer))
 
     def on_host(self, layer: int) -> tuple[Segment, ...]:
         """The layer's segments that are on the host."""
@@ -80,28 +88,54 @@ class Cache:
         with jax.profiler.TraceAnnotation("flush"):
             for layer, tail in enumerate(self.tails):
                 full = memory.to_host(tail) if self.plan.offloaded else tail
-                self.layers[layer] = _merged((*self.layers[layer], full))
+                self.layers[layer] = _merged((*self.layers[layer], full), _join)
             self._new_tails()
+        self.flushes, self.preparing = self.flushes + 1, None
+
+    @property
+    def written(self) -> int:
+        """Tokens in the tail."""
+        return self.length - self._tail_start
+
+    def after_flush(self, join: Join) -> tuple[tuple[Segment, ...], Segment]:
+        """Shapes and places of what a layer will have after the next flush: its segments, and its tail.
+
+        Args:
+            join: gives the shapes of segments on the host that become one.
+        """
+        segments, full = memory.described(self.layers[0]), memory.described(self.tails[0], host=self.plan.offloaded)
+        segments = _merged((*segments, full), join)
+        empty = self._tail_form(segments)
+        return segments, memory.described(jax.eval_shape(lambda: empty(self)), host=False)
 
     def tokens(self) -> dict[str, int]:
         """Tokens of one layer by where and how they are held: activations, keys_values, resident, tail."""
-        counts = {"activations": 0, "keys_values": 0, "resident": 0, "tail": self.length - self._tail_start}
-        for segment in self.layers[0]:
-            form = "activations" if isinstance(segment, Activations) else "keys_values"
-            counts[form if memory.on_host(segment) else "resident"] += segment.tokens
-        return counts
+        return _tokens(self.layers[0]) | {"tail": self.written}
 
     def _new_tails(self) -> None:
         """Empty tails from slot `length` on, in the form that keeps the share of activations on the host."""
         self._tail_start = self.length
-        layer_bytes = sum(segment.nbytes for segment in self.on_host(0))
+        layer_bytes = memory.host_bytes(self.layers[0])
         self.bytes_per_step = layer_bytes * len(self.layers)
         self.engine = engine_for(self.plan.engine, layer_bytes)
-        held = self.tokens()
+        empty = self._tail_form(self.layers[0])
+        self.tails = [memory.placed(empty(self)) for _ in self.layers]
+
+    def _tail_form(self, segments: tuple[Segment, ...]) -> Callable[["Cache"], Segment]:
+        """What makes a new tail beside these segments of a layer."""
+        held = _tokens(segments)
         total = held["activations"] + held["keys_values"] + self.plan.tail_tokens
         missing = self.plan.activation_share * total - held["activations"]
-        empty = _empty_activations if missing >= self.plan.tail_tokens / 2 else _empty_keys_values
-        self.tails = [memory.placed(empty(self)) for _ in self.layers]
+        return _empty_activations if missing >= self.plan.tail_tokens / 2 else _empty_keys_values
+
+
+def _tokens(segments: tuple[Segment, ...]) -> dict[str, int]:
+    """Tokens of a layer's segments: on the host in each form, and resident."""
+    counts = {"activations": 0, "keys_values": 0, "resident": 0}
+    for segment in segments:
+        form = "activations" if isinstance(segment, Activations) else "keys_values"
+        counts[form if memory.on_host(segment) else "resident"] += segment.tokens
+    return counts
 
 
 def _tail_slots(cache: Cache) -> Int[Array, " T"]:
@@ -118,7 +152,13 @@ def _empty_keys_values(cache: Cache) -> KeysValues:
     return KeysValues(jnp.zeros(shape, cache.dtype), jnp.zeros(shape, cache.dtype), _tail_slots(cache))
 
 
-def _merged(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+def _join(segments: tuple[Segment, ...]) -> Segment:
+    """Segments on the host as one, which is there too."""
+    merged = memory.to_host(steps.concatenate(tuple(map(memory.fetched, segments)), axis=1))
+    return jax.block_until_ready(merged)  # one layer at a time on the device
+
+
+def _merged(segments: tuple[Segment, ...], join: Join) -> tuple[Segment, ...]:
     """One layer's segments; once `MERGE` of them on the host have the newest's form and length, they become one.
 
     With MERGE 4 and tails of 64 tokens, the 4th flush leaves one segment of 256, the 16th one of 1024.
@@ -127,6 +167,4 @@ def _merged(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
     alike = [s for s in segments if type(s) is type(newest) and s.tokens == newest.tokens and memory.on_host(s)]
     if len(alike) < MERGE:
         return segments
-    merged = memory.to_host(steps.concatenate(tuple(map(memory.fetched, alike)), axis=1))
-    jax.block_until_ready(merged)  # one layer at a time on the device
-    return _merged((*(s for s in segments if not any(s is a for a in alike)), merged))
+    return _merged((*(s for s in segments if not any(s is a for a in alike)), join(tuple(alike))), join)

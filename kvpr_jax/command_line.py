@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from kvpr_jax.engines import Engine
+from kvpr_jax.profiling import profile
 from kvpr_jax.scheduler import OffloadMode, Request
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
@@ -41,6 +42,7 @@ def add_cache_options(parser: Parser, split_of: str, offload: OffloadMode, offlo
     add("--engine", choices=get_args(Engine), default="overlapped")
     add("--offload", choices=get_args(OffloadMode), default=offload, help=offload_help)
     add("--device-cache-gib", metavar="GIB", type=float, help="device memory for the cache; default: what is free")
+    parser.add_argument("--no-compilation-cache", action="store_true", help="compile anew, and keep nothing for later")
 
 
 def request_of(arguments: argparse.Namespace) -> Request:
@@ -48,6 +50,16 @@ def request_of(arguments: argparse.Namespace) -> Request:
     return Request(
         arguments.split, arguments.recompute, arguments.engine, arguments.offload, arguments.device_cache_gib
     )
+
+
+def keep_compiled() -> None:
+    """Keep compiled functions for later runs in the user's cache directory, unless JAX was told where to keep them."""
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        directory = profile.cache_directory() / "compiled"
+        with contextlib.suppress(OSError):  # a home that cannot be written costs compilation each time, no more
+            directory.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(directory))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small functions are many
 
 
 class Failure(Exception):

@@ -34,7 +34,17 @@ from rich.console import Console
 from rich.table import Table
 
 from kvpr_jax import checkpoint, steps
-from kvpr_jax.command_line import FAILURE, USAGE, Parser, Reporter, add_cache_options, failing_with, request_of, run
+from kvpr_jax.command_line import (
+    FAILURE,
+    USAGE,
+    Parser,
+    Reporter,
+    add_cache_options,
+    failing_with,
+    keep_compiled,
+    request_of,
+    run,
+)
 from kvpr_jax.generate import Progress, Tokenizer, encode
 from kvpr_jax.models import Model
 from kvpr_jax.runtime import Decoder
@@ -314,6 +324,8 @@ def execute(arguments: argparse.Namespace) -> int:
     with failing_with(USAGE):
         request = request_of(arguments)
         text = read_text(arguments.text)
+    if not arguments.no_compilation_cache:
+        keep_compiled()
     with failing_with(FAILURE):
         directory = checkpoint.find(arguments.model)
         config, hf = checkpoint.read_config(directory)

@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -58,6 +58,24 @@ def arriving(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
     return tuple(_moved(segment, DEVICE) for segment in segments)
 
 
+def described(tree: Tree, host: bool | None = None) -> Tree:
+    """Shapes, types and places of the tree's arrays, as they are, or as they would be on the host or on the device.
+
+    A segment's `slots` are always on the device.
+    """
+
+    def describe(array: Any) -> jax.ShapeDtypeStruct:
+        sharding = array.sharding if host is None else _sharding(HOST if host and array.ndim > 1 else DEVICE)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    return jax.tree.map(describe, tree)
+
+
+def blank_on_host(tree: Tree) -> Tree:
+    """Arrays of these shapes, zeros in pinned host memory: to a compiled function a described one is on the device."""
+    return jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), tree)
+
+
 def to_host(segment: Segment) -> Segment:
     """A copy of the segment in pinned host memory, asynchronous; its few `slots` stay on the device."""
     return _moved(segment, HOST)
@@ -70,6 +88,11 @@ def _moved(segment: Segment, kind: str) -> Segment:
 
 def on_host(segment: Segment) -> bool:
     return jax.tree.leaves(segment)[0].sharding.memory_kind == HOST
+
+
+def host_bytes(segments: tuple[Segment, ...]) -> int:
+    """Bytes of those of the segments that are on the host."""
+    return sum(segment.nbytes for segment in segments if on_host(segment))
 
 
 def free_host_bytes() -> int:

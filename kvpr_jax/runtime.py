@@ -1,6 +1,9 @@
 """Carries a plan out: prefill a batch of prompts into a cache, then step it token by token."""
 
+import math
 from collections.abc import Callable, Sequence
+from concurrent import futures
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,9 @@ from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling import profile
 from kvpr_jax.scheduler import Plan, Request, Workload
 from kvpr_jax.segments import Place, Segment
+
+PREPARE_AT = 0.25  # of the tail written: runs that end early compile nothing in vain, others are ready in time
+BACKGROUND = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
 
 
 class Decoder:
@@ -135,15 +141,42 @@ class Decoder:
         if cache.length >= self.config.max_positions:
             raise ValueError(f"the cache holds {cache.length} tokens, all the positions that the model has")
         if cache.full:
+            if cache.preparing is not None:
+                futures.wait([cache.preparing])
             cache.flush()
         place = cache.place
         h, slots = steps.embed(*self.embedder, tokens[:, None], place)
         cache.place = Place(slots, place.start)
         cache.length += 1
         cache.fetched_bytes += cache.bytes_per_step
+        if cache.written == math.ceil(cache.plan.tail_tokens * PREPARE_AT) and cache.flushes < cache.plan.flushes:
+            cache.preparing = BACKGROUND.submit(self._prepare, cache, memory.described(h))
         compute = self.compute(cache.tails, place, cache.plan.recompute)
         h = cache.engine.step(self.config.num_layers, cache, compute, h, more=not cache.full)
         return steps.logits(*self.embedder, h)
+
+    def _prepare(self, cache: Cache, h: Any) -> None:
+        """Compile what the steps behind the next flush need, so that none of them waits for it.
+
+        Args:
+            h: shape and place of a step's hidden states.
+        """
+
+        def join(segments: tuple[Segment, ...]) -> Segment:
+            merging = steps.concatenate.lower(memory.described(segments, host=False), axis=1)
+            merging.compile()
+            return memory.described(merging.out_info, host=True)
+
+        segments, tail = cache.after_flush(join)
+        ahead = tuple(segment for segment in segments if memory.on_host(segment))
+        rest = tuple(segment for segment in segments if not memory.on_host(segment))
+        engine = engines.engine_for(cache.plan.engine, memory.host_bytes(segments))
+        layers = engines.group(self.config.num_layers) if isinstance(engine, engines.Resident) else 1
+        steps.decode_layers.lower(
+            self.layer, (memory.described(self.params[0]),) * layers, h,
+            ((*memory.described(ahead, host=False), *rest),) * layers, (tail,) * layers, memory.described(cache.place),
+            memory.blank_on_host(ahead) if isinstance(engine, engines.InStep) else (), recompute=cache.plan.recompute,
+        ).compile()  # fmt: skip
 
 
 def plan_for(

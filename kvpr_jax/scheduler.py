@@ -130,6 +130,7 @@ class Plan:
         recompute, engine: see `Request`.
         activation_share: part of the host's tokens held as activations; new segments keep it.
         tail_tokens: T of the tail.
+        flushes: full tails that become segments during the run.
         prefill_sequences, prefill_queries: sequences of a chunk, and tokens of one that pass a layer at a time.
         host_bytes: host memory of the cache at the end of the run.
         device_bytes: device memory beside the weights.
@@ -147,6 +148,7 @@ class Plan:
     engine: Engine
     activation_share: float
     tail_tokens: int
+    flushes: int
     prefill_sequences: int
     prefill_queries: int
     host_bytes: int
@@ -201,6 +203,46 @@ def buckets(tokens: int) -> list[int]:
     """
     step = max(16, 2 ** math.ceil(math.log2(max(1, tokens) / BUCKETS)))
     return sorted({*range(0, tokens, step), tokens})
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to hold and use the tokens on the host, and what it is predicted to cost.
+
+    Attributes:
+        split: l.
+        recompute: how activations are used.
+        link_s, compute_s: of all layers in one decode step.
+        step_s: the decode step.
+    """
+
+    split: int
+    recompute: Recompute
+    link_s: float
+    compute_s: float
+    step_s: float
+
+
+def candidates(config: ModelConfig, dtype: jnp.dtype, plan: Plan, profile: Profile) -> list[Candidate]:
+    """What a plan was chosen from, by split: the buckets and l itself in its own way, and the best in the other way.
+
+    None where nothing is on the host. A plan with an empty host was chosen for what generation will spill.
+    """
+    if not plan.offloaded:
+        return []
+    costs = Costs(config, jnp.dtype(dtype).itemsize, plan.batch, profile)
+    tokens = plan.cached_tokens - plan.resident_tokens
+
+    def candidate(split: int, recompute: Recompute) -> Candidate:
+        link_s, rest = costs.link_s(split, tokens - split), tokens - split + plan.resident_tokens
+        compute_s = costs.compute_s(split, rest, recompute)
+        step_s = costs.step_s(split, tokens - split, plan.resident_tokens, recompute, plan.engine)
+        return Candidate(split, recompute, config.num_layers * link_s, config.num_layers * compute_s, step_s)
+
+    other: Recompute = "absorb" if plan.recompute == "project" else "project"
+    best = min((candidate(split, other) for split in buckets(tokens) if split), key=lambda c: c.step_s, default=None)
+    found = [candidate(split, plan.recompute) for split in {*buckets(tokens), plan.split}]
+    return sorted([*found, *([best] if best else [])], key=lambda c: (c.split, c.recompute != plan.recompute))
 
 
 def choose_split(
@@ -273,6 +315,7 @@ def make_plan(
         engine=request.engine,
         activation_share=share,
         tail_tokens=tail,
+        flushes=flushes,
         prefill_sequences=sequences,
         prefill_queries=queries,
         host_bytes=config.num_layers * layer_bytes,

@@ -5,9 +5,19 @@ merged and stored in any order, because attention only asks which slots a query 
 """
 
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jaxtyping import Array, Float, Int
+
+if TYPE_CHECKING:
+    Held = Array
+else:  # or what only describes one: shapes and types, where a step is compiled before it is needed
+    Held = Any
+
+
+def _nbytes(array: Held) -> int:
+    return array.size * array.dtype.itemsize  # a shape has no nbytes
 
 
 @jax.tree_util.register_dataclass
@@ -15,8 +25,8 @@ from jaxtyping import Array, Float, Int
 class Activations:
     """Tokens held as the input of the layer's key/value projection: D numbers a token."""
 
-    x: Float[Array, "B T D"]
-    slots: Int[Array, " T"]
+    x: Float[Held, "B T D"]
+    slots: Int[Held, " T"]
 
     @property
     def tokens(self) -> int:
@@ -25,7 +35,7 @@ class Activations:
     @property
     def nbytes(self) -> int:
         """Bytes that cross the link when the segment is fetched (slots stay on the device)."""
-        return self.x.nbytes
+        return _nbytes(self.x)
 
     def __getitem__(self, tokens: slice) -> "Activations":
         return Activations(self.x[:, tokens], self.slots[tokens])
@@ -36,9 +46,9 @@ class Activations:
 class KeysValues:
     """Tokens held as keys (rotated, where the model rotates them) and values: 2·K·d numbers a token."""
 
-    keys: Float[Array, "B T K d"]
-    values: Float[Array, "B T K d"]
-    slots: Int[Array, " T"]
+    keys: Float[Held, "B T K d"]
+    values: Float[Held, "B T K d"]
+    slots: Int[Held, " T"]
 
     @property
     def tokens(self) -> int:
@@ -47,7 +57,7 @@ class KeysValues:
     @property
     def nbytes(self) -> int:
         """Bytes that cross the link when the segment is fetched (slots stay on the device)."""
-        return self.keys.nbytes + self.values.nbytes
+        return _nbytes(self.keys) + _nbytes(self.values)
 
     def __getitem__(self, tokens: slice) -> "KeysValues":
         return KeysValues(self.keys[:, tokens], self.values[:, tokens], self.slots[tokens])
@@ -66,8 +76,8 @@ class Place:
         start: (B,) the first slot that is not padding, or None when no sequence is padded.
     """
 
-    slots: Int[Array, " Q"]
-    start: Int[Array, " B"] | None
+    slots: Int[Held, " Q"]
+    start: Int[Held, " B"] | None
 
     def positions(self, slots: Int[Array, " T"]) -> Int[Array, "#B T"]:
         """Position of each slot in its own sequence; padding counts as position 0."""

@@ -2,17 +2,20 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import pynvml
 from flax import nnx
 
 from kvpr_jax import memory, steps
@@ -20,12 +23,13 @@ from kvpr_jax.config import ModelConfig
 from kvpr_jax.models import Model
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling import link
-from kvpr_jax.profiling.timing import median_s
+from kvpr_jax.profiling.timing import median_s, trials_s
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
-VERSION = 1  # of the file's meaning
+VERSION = 2  # of the file's meaning
 PROBE_TOKENS = 16384  # over the batch: tokens in the segment whose cost is measured
 CALLS = 8  # layer steps dispatched together, as the engine does
+LONG_S = 1.0  # of those: more is measured by single calls, so that a slow machine is done in seconds too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Profile:
     Attributes:
         machine: everything that would make the profile stale if it changed.
         to_device, to_host: (bytes, seconds) of copies by size.
+        both: the same of one copy each way, where copies cross in both directions at once.
         base_s: one layer step whose cache is empty.
         keys_values_token_s, project_token_s, absorb_token_s: what a token of the cache adds to it, in each form.
         head_s: embedding and logits of a step.
@@ -44,6 +49,7 @@ class Profile:
     machine: dict[str, str]
     to_device: list[tuple[int, float]]
     to_host: list[tuple[int, float]]
+    both: list[tuple[int, float]]
     base_s: float
     keys_values_token_s: float
     project_token_s: float
@@ -78,26 +84,58 @@ def machine(config: ModelConfig, dtype: jnp.dtype, batch: int) -> dict[str, str]
 
 
 def driver() -> str:
-    """The NVIDIA driver and GPU as pynvml names them, or "none"."""
-    import pynvml
+    """The NVIDIA driver and the most that the GPU's link can be, as pynvml names them, or "none"."""
+    version = _of_gpu(lambda _: pynvml.nvmlSystemGetDriverVersion())
+    return version if version == "none" else f"{version} PCIe {_of_gpu(lambda gpu: _link(*_pcie_at_most(gpu)))}"
 
+
+def pcie() -> str:
+    """The GPU's link now and at most, or "none", and a sentence if it has fallen to a lower width.
+
+    The generation falls while a GPU is idle and rises when it has work, which is no fault; the width does not.
+    """
+
+    def read(gpu: Any) -> str:
+        now = pynvml.nvmlDeviceGetCurrPcieLinkGeneration(gpu), pynvml.nvmlDeviceGetCurrPcieLinkWidth(gpu)
+        most = _pcie_at_most(gpu)
+        text = f"PCIe {_link(*now)} now, {_link(*most)} at most"
+        if now[1] < most[1]:
+            text += f". The link has fallen to {now[1]} of its {most[1]} lanes: copies are slower than they should be."
+        return text
+
+    return _of_gpu(read)
+
+
+def _pcie_at_most(gpu: Any) -> tuple[int, int]:
+    return pynvml.nvmlDeviceGetMaxPcieLinkGeneration(gpu), pynvml.nvmlDeviceGetMaxPcieLinkWidth(gpu)
+
+
+def _link(generation: int, width: int) -> str:
+    return f"{generation}.0 x{width}"
+
+
+def _of_gpu(read: Callable[[Any], str]) -> str:
+    """What `read` says of pynvml's first GPU; "none" where there is no driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return "none"
     try:
-        gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
-        generation = pynvml.nvmlDeviceGetMaxPcieLinkGeneration(gpu)
-        width = pynvml.nvmlDeviceGetMaxPcieLinkWidth(gpu)
-        return f"{pynvml.nvmlSystemGetDriverVersion()} PCIe {generation}.0 x{width}"
+        return read(pynvml.nvmlDeviceGetHandleByIndex(0))
     except pynvml.NVMLError as error:
         return f"unknown ({error})"
     finally:
         pynvml.nvmlShutdown()
 
 
-def measure(config: ModelConfig, dtype: jnp.dtype, batch: int) -> Profile:
-    """Measure copies, and one layer of the model (with random weights) over segments that are on the device."""
+def measure(
+    config: ModelConfig, dtype: jnp.dtype, batch: int, progress: Callable[[int, int], None] | None = None
+) -> Profile:
+    """Measure copies, and one layer of the model (with random weights) over segments that are on the device.
+
+    Args:
+        progress: called with (measurements done, measurements in all).
+    """
     one = Model(dataclasses.replace(config, num_layers=1), dtype=dtype, rngs=nnx.Rngs(0))
     layer = steps.split_module(one.layers[0])
     tokens = max(64, min(PROBE_TOKENS // batch, 2048))
@@ -106,34 +144,48 @@ def measure(config: ModelConfig, dtype: jnp.dtype, batch: int) -> Profile:
     kv = jax.random.normal(jax.random.key(1), (batch, tokens, config.num_kv_heads, config.head_dim), dtype)
     activations, keys_values = memory.placed((Activations(x, slots), KeysValues(kv, kv, slots)))
 
-    compile_s, base_s = _layer_s(layer, (), batch, config, dtype)
-    token_s = {
-        name: max(0.0, _layer_s(layer, (segment,), batch, config, dtype, way)[1] - base_s) / tokens
-        for name, segment, way in (
-            ("keys_values", keys_values, "project"),
-            ("project", activations, "project"),
-            ("absorb", activations, "absorb"),
-        )
+    layer_s = functools.partial(_layer_s, layer, batch, config, dtype)
+    measurements: dict[Any, Callable[[], Any]] = {
+        "empty": functools.partial(layer_s, ()),
+        "keys_values": functools.partial(layer_s, (keys_values,)),
+        "project": functools.partial(layer_s, (activations,), "project"),
+        "absorb": functools.partial(layer_s, (activations,), "absorb"),
+        "head": functools.partial(_head_s, one, batch),
     }
+    for way in get_args(link.Way):
+        measurements |= {(way, size): functools.partial(link.copy_s, way, size) for size in link.sizes(way)}
+    measured: dict[Any, Any] = {}
+    for name, measurement in measurements.items():
+        measured[name] = measurement()
+        if progress is not None:
+            progress(len(measured), len(measurements))
+
+    copies = {way: [(size, measured[way, size]) for size in link.sizes(way)] for way in get_args(link.Way)}
+    compile_s, base_s = measured["empty"]
+
+    def token_s(form: str) -> float:
+        return max(0.0, measured[form][1] - base_s) / tokens
+
     return Profile(
         machine=machine(config, dtype, batch),
-        to_device=link.copy_times(to_device=True),
-        to_host=link.copy_times(to_device=False),
+        to_device=copies["to_device"],
+        to_host=copies["to_host"],
+        both=copies["both"],
         base_s=base_s,
-        keys_values_token_s=token_s["keys_values"],
-        project_token_s=token_s["project"],
-        absorb_token_s=token_s["absorb"],
-        head_s=_head_s(one, batch),
+        keys_values_token_s=token_s("keys_values"),
+        project_token_s=token_s("project"),
+        absorb_token_s=token_s("absorb"),
+        head_s=measured["head"],
         compile_s=compile_s,
     )
 
 
 def _layer_s(
     layer: tuple[steps.Definition, steps.Params],
-    segments: tuple[Segment, ...],
     batch: int,
     config: ModelConfig,
     dtype: jnp.dtype,
+    segments: tuple[Segment, ...],
     recompute: Recompute = "project",
 ) -> tuple[float, float]:
     """Seconds to compile one layer step over these segments, and to run it."""
@@ -144,19 +196,20 @@ def _layer_s(
 
     definition, params = layer
 
-    def calls() -> jax.Array:
+    def calls(count: int) -> jax.Array:
         nonlocal tail
         out = h
-        for _ in range(CALLS):
+        for _ in range(count):
             out, (tail,), _ = steps.decode_layers(
                 definition, (params,), out, (segments,), (tail,), place, (), recompute=recompute
             )
         return out
 
-    begin = time.perf_counter()
-    jax.block_until_ready(calls())
-    first_s, later_s = time.perf_counter() - begin, median_s(calls)
-    return max(0.0, first_s - later_s), later_s / CALLS
+    first_s, *later = trials_s(lambda: calls(1), trials=3, warm_up=0)
+    run_s = min(later)
+    if CALLS * run_s < LONG_S:
+        run_s = median_s(lambda: calls(CALLS)) / CALLS
+    return max(0.0, first_s - run_s), run_s
 
 
 def _head_s(model: Model, batch: int) -> float:
@@ -166,11 +219,15 @@ def _head_s(model: Model, batch: int) -> float:
     return median_s(lambda: steps.logits(*embedder, steps.embed(*embedder, tokens, place)[0]))
 
 
+def cache_directory() -> Path:
+    """Where this package keeps files of the user's that can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvpr_jax"
+
+
 def path_of(key: dict[str, str]) -> Path:
     """The file of a profile in the user's cache directory."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return cache / "kvpr_jax" / f"profile-{digest}.json"
+    return cache_directory() / f"profile-{digest}.json"
 
 
 def read(path: Path, key: dict[str, str]) -> Profile | None:
@@ -179,13 +236,23 @@ def read(path: Path, key: dict[str, str]) -> Profile | None:
         fields: dict[str, Any] = json.loads(path.read_text())
         if fields["machine"] != key or set(fields) != {f.name for f in dataclasses.fields(Profile)}:
             return None
-        for name in ("to_device", "to_host"):
-            fields[name] = [(int(size), float(seconds)) for size, seconds in fields[name]]
-        for name in set(fields) - {"machine", "to_device", "to_host"}:
-            fields[name] = float(fields[name])
-        return Profile(**fields)
-    except (OSError, ValueError, KeyError, TypeError):
+        copies = get_args(link.Way)
+        for way in copies:
+            fields[way] = [(int(size), _seconds(seconds)) for size, seconds in fields[way]]
+        for name in set(fields) - {"machine", *copies}:
+            fields[name] = _seconds(fields[name])
+        usable = all(fields[way] and all(min(copy) > 0 for copy in fields[way]) for way in copies)
+        return Profile(**fields) if usable else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
+
+
+def _seconds(value: Any) -> float:
+    """A stored time; ValueError for what no time can be."""
+    seconds = float(value)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{seconds} s")
+    return seconds
 
 
 def write(path: Path, profile: Profile) -> None:

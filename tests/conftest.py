@@ -17,16 +17,15 @@ import jax
 import pytest
 
 from helpers import profile
+from kvpr_jax import command_line, evaluate
+from kvpr_jax.generate import __main__ as generate_cli
 from kvpr_jax.profiling import profile as profiles
 
+# An implicit change of rank or dtype in our code is a mistake, in the thread that compiles too.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
 TESTS = itertools.count(1)  # run so far in this process
-
-
-@pytest.fixture(autouse=True)
-def _strict_numerics():
-    """An implicit change of rank or dtype in our code is a mistake."""
-    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +33,9 @@ def _given_profile(monkeypatch, tmp_path):
     """No test measures the machine unless it is about measuring; none reads or writes the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(profiles, "load_or_measure", lambda config, dtype, batch: profile())
+    monkeypatch.setattr(command_line, "keep_compiled", lambda: None)
+    for module in (generate_cli, evaluate):
+        monkeypatch.setattr(module, "keep_compiled", lambda: None)
 
 
 @pytest.fixture(autouse=True)

@@ -46,6 +46,7 @@ def profile(**changes: object) -> Profile:
         machine={"device": "given"},
         to_device=[(2**20, 1e-4), (2**26, 6.4e-3)],
         to_host=[(2**20, 1e-4), (2**26, 6.4e-3)],
+        both=[(2**20, 2e-4), (2**26, 1.28e-2)],
         base_s=1e-4,
         keys_values_token_s=1e-7,
         project_token_s=1e-6,
@@ -56,11 +57,16 @@ def profile(**changes: object) -> Profile:
     return dataclasses.replace(given, **changes)
 
 
-def each_engine(monkeypatch) -> Iterator[str]:
-    """What to request for each engine of a cache on the host: copies beside the steps, within them, in sequence."""
-    for engine, small_bytes in (("overlapped", 0), ("overlapped", 2**60), ("sequential", 0)):
-        monkeypatch.setattr(engines, "SMALL_BYTES", small_bytes)
-        yield engine
+def each_engine(monkeypatch, in_step: bool) -> Iterator[str]:
+    """What to request for each engine of a cache on the host, of those that share a compiled step.
+
+    Args:
+        in_step: the one whose copies are within the step, or those whose copies are issued by themselves.
+    """
+    monkeypatch.setattr(engines, "SMALL_BYTES", 2**60 if in_step else 0)
+    yield "overlapped"
+    if not in_step:
+        yield "sequential"
 
 
 def random_model(config, dtype: str = "float32", seed: int = 0, scale: float = 3.0) -> Model:

@@ -159,12 +159,15 @@ def test_the_plan_is_printed_and_nothing_is_run(run, monkeypatch, directory, cou
     monkeypatch.setattr(Decoder, "prefill", None)
     result = run("--prompt", PROMPT, "--plan", "--split", "3")
     assert (result.code, result.err) == (0, "")
-    assert (
-        result.out.startswith(f"plan: of {count} prompt tokens, 3 on the host as activations")
-        and result.out.count("\n") == 1
-    )
+    plan, blank, heading, _, *table = result.out.splitlines()
+    assert plan.startswith(f"plan: of {count} prompt tokens, 3 on the host as activations") and not blank
+    assert heading == "| split | recompute | link (ms) | compute (ms) | step (ms) |  |"
+    (chosen,) = [row for row in table if "<- the plan" in row]
     told = one_object(run("--prompt", PROMPT, "--plan", "--split", "3", "--json").out)
-    assert list(told) == ["model", "plan"] and told["plan"]["split"] == 3 and told["model"] == str(directory)
+    assert list(told) == ["model", "plan", "candidates"] and told["model"] == str(directory)
+    assert told["plan"]["split"] == 3 and chosen.startswith(f"| 3 | {told['plan']['recompute']} | ")
+    assert len(told["candidates"]) == len(table)
+    assert run("--prompt", PROMPT, "--plan", "--offload", "none").out.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments, expected", [
@@ -241,7 +244,7 @@ def test_help_names_every_option(run):
     assert result.code == 0
     options = """--model --prompt --prompts --max-new-tokens --temperature --top-k --top-p --min-p --seed --stop
     --ignore-eos --chat --dtype --split --recompute --engine --offload --device-cache-gib --quiet --plan --json
-    --debug"""
+    --debug --no-compilation-cache"""
     assert [option for option in options.split() if f"{option} " not in result.out.replace("\n", " ")] == []
 
 
@@ -609,3 +612,35 @@ def test_libraries_add_no_lines_to_an_error(start, directory):
     process = start("--model", directory, "--prompt", "word " * 2000)
     out, err = (stream.decode() for stream in process.communicate(timeout=300))
     expect_error(Result(process.returncode, out, err), 2, f"more than the model's {LONG + 100} positions")
+
+
+# Compiled functions
+
+
+def test_a_second_start_compiles_little(start, directory, tmp_path):
+    """The seconds that JAX says it compiled for, in two processes."""
+    code = """if True:
+        import sys, jax
+        from kvpr_jax.generate.__main__ import main
+        seconds = []
+        jax.monitoring.register_event_duration_secs_listener(
+            lambda name, duration, **_: seconds.append(duration) if "backend_compile" in name else None
+        )
+        code = main(sys.argv[1:])
+        print(sum(seconds), file=sys.stderr)
+        sys.exit(code)
+    """
+    arguments = ["--model", str(directory), "--prompt", PROMPT, "--split", "3", "--max-new-tokens", "9", "--quiet"]
+
+    def run_again(*more: str) -> tuple[str, float]:
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": ""}  # compiled as for users
+        command = [sys.executable, "-c", code, *arguments, *more]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, float(done.stderr)
+
+    text, _ = run_again("--no-compilation-cache")  # measures the machine too
+    assert not (tmp_path / "kvpr_jax" / "compiled").exists()
+    first, first_s = run_again()
+    second, second_s = run_again()
+    assert first == second == text and second_s <= 0.25 * first_s

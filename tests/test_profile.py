@@ -1,17 +1,24 @@
 """The machine profile: measured for real on small shapes, stored atomically, never trusted when it does not match."""
 
 import dataclasses
+import importlib
 import itertools
 import json
+import shlex
 
 import jax.numpy as jnp
 import numpy as np
+import pynvml
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from helpers import OPT, profile
-from kvpr_jax import memory
+from helpers import OPT, profile, random_model
+from kvpr_jax import checkpoint, command_line, memory
 from kvpr_jax.profiling import link
 from kvpr_jax.profiling import profile as profiles
+
+command = importlib.import_module("kvpr_jax.profiling.__main__")
 
 FLOAT32 = jnp.dtype("float32")
 load_or_measure = profiles.load_or_measure  # before the fixture that replaces it
@@ -22,12 +29,38 @@ def key():
     return profiles.machine(OPT, FLOAT32, 2)
 
 
-def test_a_measured_profile_is_plausible_and_read_back(monkeypatch):
+@pytest.fixture
+def small(monkeypatch):
     monkeypatch.setattr(link, "SIZES", (2**16, 2**20))
     monkeypatch.setattr(profiles, "PROBE_TOKENS", 128)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that gives pynvml a GPU with this PCIe generation and width now; 5 and 16 at most."""
+
+    def give(generation, width):
+        answers = {
+            "nvmlInit": None,
+            "nvmlShutdown": None,
+            "nvmlDeviceGetHandleByIndex": "gpu",
+            "nvmlSystemGetDriverVersion": "580.95",
+            "nvmlDeviceGetMaxPcieLinkGeneration": 5,
+            "nvmlDeviceGetMaxPcieLinkWidth": 16,
+            "nvmlDeviceGetCurrPcieLinkGeneration": generation,
+            "nvmlDeviceGetCurrPcieLinkWidth": width,
+        }
+        for name, answer in answers.items():
+            monkeypatch.setattr(pynvml, name, lambda *_, answer=answer: answer)
+
+    return give
+
+
+def test_a_measured_profile_is_plausible_and_read_back(monkeypatch, small):
     measured = load_or_measure(OPT, FLOAT32, 2)
     assert [size for size, _ in measured.to_device] == [2**16, 2**20]
-    assert all(seconds > 0 for _, seconds in measured.to_device + measured.to_host)
+    assert all(seconds > 0 for _, seconds in measured.to_device + measured.to_host + measured.both)
+    assert [size for size, _ in measured.to_host] == [size for size, _ in measured.both] == [2**16]
     assert measured.base_s > 0 and measured.head_s > 0 and measured.compile_s > measured.base_s
     assert min(measured.keys_values_token_s, measured.project_token_s, measured.absorb_token_s) >= 0
     monkeypatch.setattr(profiles, "measure", lambda *_: pytest.fail("measured again"))
@@ -40,7 +73,13 @@ def test_a_measured_profile_is_plausible_and_read_back(monkeypatch):
     lambda text: text.replace('"base_s"', '"base"'),
     lambda text: text.replace('"batch": "2"', '"batch": "3"'),
     lambda text: text.replace('"head_s": 0.001', '"head_s": "fast"'),
-], ids=["truncated", "not an object", "renamed field", "other batch", "not a number"])  # fmt: skip
+    lambda text: text.replace('"head_s": 0.001', '"head_s": -0.001'),
+    lambda text: text.replace('"head_s": 0.001', '"head_s": NaN'),
+    lambda text: text.replace("0.0064", "0.0"),
+    lambda text: text.replace("67108864", "Infinity"),
+    lambda text: json.dumps(json.loads(text) | {"to_device": []}),
+], ids=["truncated", "not an object", "renamed field", "other batch", "not a number", "negative", "not finite",
+        "no time", "no size", "no copies"])  # fmt: skip
 def test_a_damaged_or_foreign_file_is_measured_again(damage, key, monkeypatch):
     path = profiles.path_of(key)
     fresh = profile(machine=key)
@@ -89,6 +128,176 @@ def test_the_line_through_copies():
     assert profile(to_device=[(2**20, 30e-6 + 2**20 / 54e9), (2**26, 30e-6 + 2**26 / 54e9)]).copy_s(
         54 * 10**6
     ) == pytest.approx(1.03e-3)
+
+
+@given(
+    st.dictionaries(st.integers(10, 28), st.floats(0.2, 5.0), min_size=2, max_size=6),
+    st.floats(0, 1e-3),
+    st.floats(1e9, 1e11),
+)
+def test_the_line_through_noisy_copies_has_the_least_relative_errors(noise, per_copy, bandwidth):
+    """Against every line near it that is none of a negative cost."""
+    times = [(2**power, (per_copy + 2**power / bandwidth) * factor) for power, factor in noise.items()]
+
+    def error(per_copy, per_byte):
+        return sum(((per_copy + size * per_byte) / seconds - 1) ** 2 for size, seconds in times)
+
+    fitted, fitted_bandwidth = link.line(times)
+    assert fitted >= 0 and fitted_bandwidth > 0
+    least = error(fitted, 1 / fitted_bandwidth)
+    for scale in itertools.product((0.0, 0.5, 0.99, 1.01, 2.0), repeat=2):
+        for more_s in (0.0, 1e-7, 1e-5):
+            per_byte = max(scale[1] / fitted_bandwidth, 1e-15)  # no bandwidth is infinite
+            assert least <= error(fitted * scale[0] + more_s, per_byte) * (1 + 1e-6) + 1e-6
+
+
+def test_a_copy_costs_no_less_than_nothing():
+    """Where larger copies are slower in proportion, as beyond a CPU's cache, and where they are faster."""
+    per_copy, bandwidth = link.line([(2**20, 1e-4), (2**26, 2e-2)])
+    assert per_copy == 0.0 and 2**26 / 2e-2 < bandwidth < 2**20 / 1e-4
+    per_copy, bandwidth = link.line([(2**20, 2e-4), (2**26, 1e-4)])
+    assert 1e-4 < per_copy < 2e-4 and 2**26 / bandwidth < 1e-6
+
+
+def test_noise_is_no_time_of_a_copy(monkeypatch):
+    seconds = {link.FEW: 2.0, link.MANY: 8.0}
+    monkeypatch.setattr(link, "copies_s", lambda way, size, copies: seconds[copies])
+    assert link.copy_s("both", 1) == 1.0
+    for few_s in (7.9, 8.1):
+        seconds[link.FEW] = few_s
+        assert link.copy_s("both", 1) == 8.0 / link.MANY
+
+
+def test_copies_go_where_they_are_said_to(monkeypatch):
+    moved = []
+    for name in ("fetched", "to_host"):
+        monkeypatch.setattr(memory, name, lambda segment, name=name: moved.append(name) or segment)
+    monkeypatch.setattr(link, "median_s", lambda copies: copies() and 1.0)
+    for way, expected in (
+        ("to_device", ["to_host", "fetched", "fetched"]),
+        ("to_host", ["to_host"] * 2),
+        ("both", ["to_host", "fetched", "to_host", "fetched", "to_host"]),
+    ):
+        moved.clear()
+        link.copies_s(way, 2**10, 2)
+        assert moved == expected
+
+
+def test_progress_reaches_its_total(small):
+    calls = []
+    profiles.measure(OPT, FLOAT32, 2, lambda done, total: calls.append((done, total)))
+    total = 4 + 1 + 2 + 1 + 1  # layers, the head, copies each way and both
+    assert calls == [(done, total) for done in range(1, total + 1)]
+
+
+def test_long_steps_are_measured_by_few_calls(monkeypatch):
+    """The first one compiles; one that takes long is not repeated."""
+    layer, repeated, seconds = profiles.steps.split_module(random_model(OPT).layers[0]), [], iter([5.0, 0.5, 0.4])
+    monkeypatch.setattr(profiles, "trials_s", lambda function, trials, warm_up: [next(seconds) for _ in range(trials)])
+    monkeypatch.setattr(profiles, "median_s", lambda function: repeated.append(function) or 0.08)
+    assert profiles._layer_s(layer, 1, OPT, FLOAT32, ()) == (4.6, 0.4) and not repeated
+    seconds = iter([5.0, 0.03, 0.02])
+    assert profiles._layer_s(layer, 1, OPT, FLOAT32, ()) == (4.99, 0.01) and len(repeated) == 1
+
+
+def test_a_link_that_has_fallen_to_a_lower_width_is_reported(gpu):
+    """A lower generation is an idle GPU's, and makes no profile stale either."""
+    gpu(5, 16)
+    assert profiles.pcie() == "PCIe 5.0 x16 now, 5.0 x16 at most"
+    full = profiles.driver()
+    gpu(1, 16)
+    assert profiles.pcie() == "PCIe 1.0 x16 now, 5.0 x16 at most"
+    gpu(5, 8)
+    assert profiles.pcie().startswith("PCIe 5.0 x8 now, 5.0 x16 at most. The link has fallen to 8 of its 16 lanes")
+    assert profiles.driver() == full == "580.95 PCIe 5.0 x16"
+
+
+def test_a_gpu_that_does_not_tell_its_link_still_has_a_driver(gpu, monkeypatch):
+    gpu(5, 16)
+
+    def unknown(_):
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMaxPcieLinkWidth", unknown)
+    assert profiles.driver() == "580.95 PCIe unknown (Not Supported)"
+    assert profiles.pcie() == "unknown (Not Supported)"
+
+
+def test_the_command_measures_stores_and_shows(small, gpu, monkeypatch, capsys):
+    gpu(5, 8)
+    assert command.main(["--batch", "3"]) == 0
+    printed, notes = capsys.readouterr()
+    config, _ = checkpoint.read_config(checkpoint.BUNDLED)
+    key = profiles.machine(config, FLOAT32, 3)
+    stored = profiles.read(profiles.path_of(key), key)
+    for line in ("tiny, float32, batch 3", "| device | cpu |",
+                 "| link | PCIe 5.0 x8 now, 5.0 x16 at most. The link has",
+                 "| free pinned host memory |", "| 0.0625 MiB |", "| fitted cost per copy |",
+                 f"| a layer, empty cache | {stored.base_s * 1e3:.3f} |",
+                 f"| 1000 tokens more as activations, absorb | {stored.absorb_token_s * 1e6:.3f} |",
+                 "There is no GPU"):  # fmt: skip
+        assert line in printed
+    size, seconds = stored.to_device[1]
+    assert f"| 1 MiB | {seconds * 1e3:.3f} ms, {size / seconds / 1e9:.1f} GB/s | - | - |" in printed
+    assert "measured in" in notes and f"stored in {profiles.path_of(key)}" in notes
+    monkeypatch.setattr(profiles, "measure", lambda *_: pytest.fail("measured again"))
+    for name in ("free_device_bytes", "free_pinned_bytes"):
+        monkeypatch.setattr(memory, name, lambda: 7 * memory.GIB)
+    assert command.main(["--batch", "3", "--show"]) == 0
+    shown, notes = capsys.readouterr()
+    assert shown.split("| copy |")[1] == printed.split("| copy |")[1] and notes == ""
+    assert "| free device memory | 7.00 GiB |" in shown
+
+
+def test_the_command_takes_a_released_size(monkeypatch, capsys):
+    """In bfloat16 where there is a GPU, and what is stored already is measured anew."""
+    asked = []
+
+    def measure(config, dtype, batch, progress):
+        asked.append((config.hidden_size, dtype.name, batch))
+        return profile(machine=profiles.machine(config, dtype, batch), head_s=float(len(asked)))
+
+    monkeypatch.setattr(profiles, "measure", measure)
+    assert command.main(["--model", "opt-125m"]) == command.main(["--model", "facebook/opt-125m"]) == 0
+    monkeypatch.setattr(memory, "device_memory_is_host_memory", lambda: False)
+    assert command.main(["--model", "opt-125m"]) == command.main(["--model", "opt-125m", "--dtype", "float16"]) == 0
+    assert asked == [(768, dtype, 1) for dtype in ("float32", "float32", "bfloat16", "float16")]
+    headings = [f"opt-125m, {dtype}, batch 1" for _, dtype, _ in asked]
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("opt-125m")] == headings
+    assert "| head: embedding and logits | 2000.000 |" in printed
+
+
+def test_nothing_to_show_names_the_command_that_measures(monkeypatch, capsys):
+    assert command.main(["--show", "--model", "opt-125m", "--batch", "4"]) == command_line.FAILURE
+    printed, error = capsys.readouterr()
+    assert printed == "" and error.count("\n") == 1
+    named = error[error.index("python -m kvpr_jax.profiling") :].removesuffix(" makes it\n")
+    monkeypatch.setattr(
+        profiles, "measure", lambda *key_and_progress: profile(machine=profiles.machine(*key_and_progress[:3]))
+    )
+    assert command.main(shlex.split(named)[3:]) == 0
+    assert command.main(["--show", "--model", "opt-125m", "--batch", "4"]) == 0
+
+
+@pytest.mark.parametrize("line, part", [
+    ("--batch 0", "batch 0 must be at least 1"),
+    ("--model opt-7b", "model 'opt-7b': neither a directory nor one of"),
+])  # fmt: skip
+def test_the_commands_errors_are_one_line(line, part, capsys):
+    assert command.main(line.split()) == command_line.FAILURE
+    printed, error = capsys.readouterr()
+    assert printed == "" and part in error and error.count("\n") == 1
+
+
+def test_a_profile_that_cannot_be_stored_is_printed(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(profiles, "measure", lambda *_: profile())
+    assert command.main([]) == command_line.FAILURE
+    printed, error = capsys.readouterr()
+    assert "| compiling a layer | 500.000 |" in printed
+    assert "cannot be written" in error and error.count("error:") == 1
 
 
 def test_the_users_pinned_memory_limit_is_kept(monkeypatch):

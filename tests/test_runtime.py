@@ -254,6 +254,40 @@ def test_a_decode_layers_is_traced_once_per_shape(config, module, monkeypatch):
     assert traces == ["prefill", "step"] * 2
 
 
+@pytest.mark.parametrize("small_bytes", [0, 2**60], ids=["overlapped", "in step"])
+@pytest.mark.parametrize("split", ["0", "6", "13"])
+def test_only_the_first_step_compiles(split, small_bytes, monkeypatch, caplog):
+    """What a flush makes necessary, merging included, is compiled in another thread before."""
+    monkeypatch.setattr(engines, "SMALL_BYTES", small_bytes)
+    decoder = Decoder(random_model(OPT))
+    prompts = random_prompts((13, 7), OPT.vocab_size)
+    plan = decoder.plan(prompts, 50, Request(split=split, tail_tokens=8))
+    cache, logits = decoder.prefill(prompts, plan)
+    compiled = []
+    for _ in range(49):
+        caplog.clear()
+        with jax.log_compiles():  # of this thread
+            logits = decoder.step(cache, logits.argmax(-1).astype(jnp.int32))
+        text = caplog.text
+        compiled.append("Compiling jit(decode_layers)" in text or "Compiling jit(concatenate)" in text)
+        if cache.preparing is not None:
+            cache.preparing.result()  # as there is time for in a step that takes long
+    assert cache.flushes == plan.flushes == 6
+    assert compiled == [True] + [False] * 48
+
+
+def test_a_run_that_ends_early_compiles_nothing_in_vain(monkeypatch):
+    prepared = []
+    monkeypatch.setattr(Decoder, "_prepare", lambda self, cache, h: prepared.append(cache.length))
+    decoder = Decoder(random_model(OPT))
+    prompts = random_prompts((13,), OPT.vocab_size)
+    for new, lengths in ((9, []), (10, [13 + 2]), (25, [13 + 2, 13 + 10])):
+        greedy(decoder, prompts, new, Request(split="6", tail_tokens=8))
+        runtime.BACKGROUND.submit(int).result()  # behind all that was begun
+        assert prepared == lengths
+        prepared.clear()
+
+
 def test_a_forced_split_is_obeyed_where_it_does_not_pay():
     prompts = random_prompts((9,), GQA.vocab_size)
     plan = Decoder(random_model(GQA)).plan(prompts, 4, Request(split="5"))

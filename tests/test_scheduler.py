@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import GQA, LLAMA, OPT, profile
-from kvpr_jax import memory
+from kvpr_jax import memory, scheduler
 from kvpr_jax.scheduler import Costs, Request, Workload, buckets, choose_split, make_plan
 
 GIB = memory.GIB
@@ -168,3 +168,21 @@ def test_plans_are_consistent_and_fit(batch, prompt, new, device_gib, split, con
     assert plan.host_bytes_per_step <= plan.host_bytes
     if not plan.offloaded:
         assert plan.host_bytes == 0 and plan.resident_tokens == prompt
+
+
+@pytest.mark.parametrize(
+    "request_", [Request(offload="all"), Request(split="100", recompute="project"), Request(split="0")], ids=str
+)
+def test_candidates_show_what_the_plan_was_chosen_from(request_):
+    workload = Workload(32, 1024, 64)
+    plan = plan_for(OPT_6_7B, workload, request_, device=100 * GIB, host=100 * GIB, given=H200)
+    found = scheduler.candidates(OPT_6_7B, jnp.dtype("float32"), plan, H200)
+    own = [each for each in found if each.recompute == plan.recompute]
+    assert {each.split for each in own} == {*buckets(1024), plan.split} and len(found) == len(own) + 1
+    assert {each.recompute for each in found} == {"project", "absorb"}
+    (chosen,) = [each for each in own if each.split == plan.split]
+    assert chosen.step_s == plan.predicted_step_s
+    assert chosen.step_s >= max(chosen.link_s, chosen.compute_s)
+    if request_.split == "auto":
+        assert plan.predicted_step_s == min(each.step_s for each in found)
+    assert scheduler.candidates(OPT, jnp.dtype("float32"), plan_for(), H200) == []

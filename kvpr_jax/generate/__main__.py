@@ -19,13 +19,16 @@ from kvpr_jax.command_line import (
     Reporter,
     add_cache_options,
     failing_with,
+    keep_compiled,
     request_of,
     run,
 )
 from kvpr_jax.generate import Output, Stream, Until, encode
+from kvpr_jax.profiling import profile
+from kvpr_jax.profiling.report import table
 from kvpr_jax.runtime import Decoder, plan_for, workload_of
 from kvpr_jax.sampling import Sampling
-from kvpr_jax.scheduler import Plan
+from kvpr_jax.scheduler import Candidate, Plan, candidates
 
 DEFAULT_PROMPT = "Open a file and"
 DEMONSTRATION = shlex.split("--offload all --split 50% --temperature 0.6 --top-p 0.9 --max-new-tokens 200")
@@ -57,7 +60,7 @@ def parser() -> Parser:
     add_cache_options(parser, split_of, "auto", "auto: only what the device cannot hold")
     add = parser.add_argument_group("output").add_argument
     add("--quiet", action="store_true", help="nothing on stderr but errors")
-    add("--plan", action="store_true", help="print the plan and exit")
+    add("--plan", action="store_true", help="print the plan and what it was chosen from, and exit")
     add("--json", action="store_true", help="print one JSON object")
     add("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -104,6 +107,25 @@ def describe(plan: Plan) -> str:
         f"plan: {held}; {plan.engine} engine, {plan.host_bytes_per_step / 1e6:.2f} MB over the link and "
         f"{plan.predicted_step_s * 1e3:.2f} ms predicted for the first step ({plan.reason})"
     )
+
+
+def explained(plan: Plan, considered: Sequence[Candidate]) -> str:
+    """A table of what the plan was chosen from, with the times predicted for a step."""
+
+    def milliseconds(seconds: float) -> str:
+        return f"{seconds * 1e3:.3f}"
+
+    return table([
+        {
+            "split": str(each.split),
+            "recompute": each.recompute if each.split else "-",
+            "link (ms)": milliseconds(each.link_s),
+            "compute (ms)": milliseconds(each.compute_s),
+            "step (ms)": milliseconds(each.step_s),
+            "": "<- the plan" if (each.split, each.recompute) == (plan.split, plan.recompute) else "",
+        }
+        for each in considered
+    ])  # fmt: skip
 
 
 def summary(stream: Stream) -> str:
@@ -155,6 +177,8 @@ def execute(arguments: argparse.Namespace) -> int:
         prompts = arguments.prompt + (read_prompts(arguments.prompts) if arguments.prompts is not None else [])
         prompts = prompts or [DEFAULT_PROMPT]
     report = Reporter(arguments.quiet)
+    if not arguments.no_compilation_cache:
+        keep_compiled()
     with failing_with(FAILURE):
         directory = checkpoint.find(arguments.model, arguments.revision)
         config, hf = checkpoint.read_config(directory)
@@ -168,7 +192,11 @@ def execute(arguments: argparse.Namespace) -> int:
         plan = plan_for(config, dtype, workload, request, checkpoint.weights_bytes(config, dtype))
     result = {"model": arguments.model, "plan": dataclasses.asdict(plan)}
     if arguments.plan:
-        print(json.dumps(result) if arguments.json else describe(plan))
+        considered = candidates(config, dtype, plan, profile.load_or_measure(config, dtype, plan.batch))
+        if arguments.json:
+            print(json.dumps(result | {"candidates": [dataclasses.asdict(each) for each in considered]}))
+        else:
+            print("\n\n".join([describe(plan), *([explained(plan, considered)] if considered else [])]))
         return 0
     with failing_with(FAILURE), report.bar("Loading the model", in_bytes=True) as progress:
         decoder = Decoder(checkpoint.load_model(directory, dtype.name, progress))
