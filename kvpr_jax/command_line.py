@@ -52,9 +52,13 @@ def request_of(arguments: argparse.Namespace) -> Request:
     )
 
 
-def keep_compiled() -> None:
-    """Keep compiled functions for later runs in the user's cache directory, unless JAX was told where to keep them."""
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+def keep_compiled(arguments: argparse.Namespace) -> None:
+    """Keep compiled functions for later runs in the user's cache directory, as those options say.
+
+    Where JAX was told where to keep them, it stays so.
+    """
+    told = jax.config.jax_compilation_cache_dir is not None  # pyright: ignore[reportAttributeAccessIssue]
+    if not told and not arguments.no_compilation_cache:
         directory = profile.cache_directory() / "compiled"
         with contextlib.suppress(OSError):  # a home that cannot be written costs compilation each time, no more
             directory.mkdir(parents=True, exist_ok=True)

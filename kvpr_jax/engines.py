@@ -103,7 +103,7 @@ class InStep:
 
     def step(self, layers: int, source: Source, compute: Compute, h: Array, more: bool) -> Array:
         if not self.ahead:
-            self.ahead = tuple(source.fetch(0))
+            self.ahead = source.fetch(0)
         for layer in range(layers):
             while len(self.running) >= self.window - 1:
                 self.running.popleft().block_until_ready()

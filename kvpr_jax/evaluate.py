@@ -324,8 +324,7 @@ def execute(arguments: argparse.Namespace) -> int:
     with failing_with(USAGE):
         request = request_of(arguments)
         text = read_text(arguments.text)
-    if not arguments.no_compilation_cache:
-        keep_compiled()
+    keep_compiled(arguments)
     with failing_with(FAILURE):
         directory = checkpoint.find(arguments.model)
         config, hf = checkpoint.read_config(directory)

@@ -17,10 +17,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from kvpr_jax.profiling import timeline
+from kvpr_jax.profiling import link, timeline
 from kvpr_jax.profiling.overlap import (
-    LINK_BYTES,
-    LINK_COPIES,
     TAIL_TOKENS,
     TRIALS,
     WARM_UP,
@@ -217,15 +215,15 @@ def trials(function: Callable[[], Any], wait: Callable[[], None]) -> tuple[list[
 
 def link_gb_per_s() -> float:
     """1e9 bytes a second of pinned copies to the device, many large ones in flight."""
-    source = torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True)
-    into = torch.empty(LINK_BYTES, dtype=torch.uint8, device="cuda")
+    source = torch.empty(link.LARGE, dtype=torch.uint8, pin_memory=True)
+    into = torch.empty(link.LARGE, dtype=torch.uint8, device="cuda")
 
     def copies() -> None:
-        for _ in range(LINK_COPIES):
+        for _ in range(link.LARGE_COPIES):
             into.copy_(source, non_blocking=True)
 
     seconds, _ = trials(copies, torch.cuda.synchronize)
-    return LINK_COPIES * LINK_BYTES / statistics.median(seconds) / 1e9
+    return link.LARGE_COPIES * link.LARGE / statistics.median(seconds) / 1e9
 
 
 def traced(step: Callable[[], Any], wait: Callable[[], None]) -> list[timeline.Span]:

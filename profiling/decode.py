@@ -173,23 +173,29 @@ def dashed(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
+def add_setting_options(parser: Parser) -> None:
+    """What is measured: the model's shape, the batch, and how many steps."""
+    add = parser.add_argument
+    add("--model", default="opt-6.7b", help="a released size (models/README.md), or a directory")
+    add("--layers", metavar="N", type=int, help="only so many layers, where host memory is short")
+    add("--batch", metavar="N", type=int, default=32)
+    add("--prompt", metavar="N", type=int, default=1024, help="tokens of each prompt")
+    add("--new-tokens", metavar="N", type=int, default=64, help="steps timed")
+    add("--dtype", choices=checkpoint.DTYPES, default="bfloat16")
+
+
 def parser() -> Parser:
     parser = Parser(
         prog="python -m kvpr_jax.profiling.decode",
         description="Time every decode step of a model with random weights, beside the floor that the link sets.",
     )
+    add_setting_options(parser)
     add = parser.add_argument
-    add("--model", default="opt-6.7b", help="a released size (models/README.md), or a directory")
-    add("--layers", metavar="N", type=int, help="only so many layers, where pinned memory is short")
-    add("--batch", metavar="N", type=int, default=32)
-    add("--prompt", metavar="N", type=int, default=1024, help="tokens of each prompt")
-    add("--new-tokens", metavar="N", type=int, default=64, help="steps timed")
     add("--split", metavar="N|P%|device", action="append", help="device: all of the cache stays there; may be given "
         "several times; default: 0%% and 100%%")  # fmt: skip
     add("--recompute", choices=("auto", "project", "absorb"), action="append", help="default: auto; given twice, every "
         "split but 0 is measured in both ways")  # fmt: skip
     add("--engine", choices=get_args(engines.Engine), default="overlapped")
-    add("--dtype", choices=checkpoint.DTYPES, default="bfloat16")
     add("--out", metavar="FILE", type=Path, help="JSON file for every trial, which is replaced if it exists; default: "
         "profiling/results/<gpu>/decode-<model>-batch-<N>-prompt-<N>.json")  # fmt: skip
     add("--plot", metavar="FILE", type=Path, help="draw the report as well, as kvpr_jax.profiling.plot does")

@@ -30,7 +30,6 @@ from kvpr_jax.scheduler import Request
 TAIL_TOKENS = 64  # on the device, half of them written
 WARM_UP, TRIALS = 2, 7
 ROUNDS = 2  # turns of each framework
-LINK_BYTES, LINK_COPIES = 256 * 2**20, 16
 SIDES = ("cuda_streams", "xla_copies")
 
 

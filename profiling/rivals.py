@@ -25,7 +25,7 @@ import transformers
 from kvpr_jax import checkpoint, memory
 from kvpr_jax.command_line import FAILURE, Failure, Parser, Reporter, failing_with, run
 from kvpr_jax.models import released
-from kvpr_jax.profiling import plot, report
+from kvpr_jax.profiling import decode, plot, report
 
 CACHES = ("offloaded", "offloaded_static", "static", "dynamic")  # transformers' names; the last two stay on the GPU
 DEFAULT_CACHES = CACHES[:3]
@@ -173,13 +173,8 @@ def parser() -> Parser:
         prog="python -m kvpr_jax.profiling.rivals",
         description="Time every decode step of Hugging Face transformers and of kvpr_jax on the same shape and batch.",
     )
+    decode.add_setting_options(parser)
     add = parser.add_argument
-    add("--model", default="opt-6.7b", help="a released size (models/README.md), or a directory")
-    add("--layers", metavar="N", type=int, help="only so many layers, where host memory is short")
-    add("--batch", metavar="N", type=int, default=32)
-    add("--prompt", metavar="N", type=int, default=1024, help="tokens of each prompt")
-    add("--new-tokens", metavar="N", type=int, default=64, help="steps timed")
-    add("--dtype", choices=checkpoint.DTYPES, default="bfloat16")
     add("--cache", choices=CACHES, action="append", help="transformers' cache_implementation, not compiled; may be "
         f"given several times; default: {', '.join(DEFAULT_CACHES)}")  # fmt: skip
     add("--out", metavar="FILE", type=Path, help="JSON file for every trial, which is replaced if it exists")

@@ -17,7 +17,7 @@ import jax
 import pytest
 
 from helpers import profile
-from kvpr_jax import command_line, evaluate
+from kvpr_jax import evaluate
 from kvpr_jax.generate import __main__ as generate_cli
 from kvpr_jax.profiling import profile as profiles
 
@@ -33,9 +33,8 @@ def _given_profile(monkeypatch, tmp_path):
     """No test measures the machine unless it is about measuring; none reads or writes the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(profiles, "load_or_measure", lambda config, dtype, batch: profile())
-    monkeypatch.setattr(command_line, "keep_compiled", lambda: None)
     for module in (generate_cli, evaluate):
-        monkeypatch.setattr(module, "keep_compiled", lambda: None)
+        monkeypatch.setattr(module, "keep_compiled", lambda arguments: None)
 
 
 @pytest.fixture(autouse=True)

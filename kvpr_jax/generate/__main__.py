@@ -177,8 +177,7 @@ def execute(arguments: argparse.Namespace) -> int:
         prompts = arguments.prompt + (read_prompts(arguments.prompts) if arguments.prompts is not None else [])
         prompts = prompts or [DEFAULT_PROMPT]
     report = Reporter(arguments.quiet)
-    if not arguments.no_compilation_cache:
-        keep_compiled()
+    keep_compiled(arguments)
     with failing_with(FAILURE):
         directory = checkpoint.find(arguments.model, arguments.revision)
         config, hf = checkpoint.read_config(directory)
