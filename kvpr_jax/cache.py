@@ -4,9 +4,9 @@
     segments   activations | keys, values | resident | flushed | … | tail (on the device, filling)
                \\______ on the host ______/            \\ on the host /
 
-Every token is held in one form only. New tokens go into the tail, in the form they will be flushed in; a full tail is
-copied to the host as the next segment. Flushed segments of equal length are merged, so their number grows with the
-logarithm of the tokens generated.
+Every token is held in one form only. New tokens go into the tail, in the form they will be flushed in; a full tail
+becomes the next segment: on the device as long as the plan has room for it there, then on the host. Flushed segments of
+equal length in one place are merged, so their number grows with the logarithm of the tokens generated.
 """
 
 import dataclasses
@@ -86,11 +86,12 @@ class Cache:
         """Make every layer's full tail its next segment, on the host if the cache is offloaded, and begin anew."""
         jax.block_until_ready(self.tails)  # no layer is being computed whose segments a new engine would not know of
         with jax.profiler.TraceAnnotation("flush"):
+            to_host = self._leaves(self.flushes)
             for layer, tail in enumerate(self.tails):
-                full = memory.to_host(tail) if self.plan.offloaded else tail
+                full = memory.to_host(tail) if to_host else tail
                 self.layers[layer] = _merged((*self.layers[layer], full), _join)
+            self.flushes, self.preparing = self.flushes + 1, None
             self._new_tails()
-        self.flushes, self.preparing = self.flushes + 1, None
 
     @property
     def written(self) -> int:
@@ -101,11 +102,11 @@ class Cache:
         """Shapes and places of what a layer will have after the next flush: its segments, and its tail.
 
         Args:
-            join: gives the shapes of segments on the host that become one.
+            join: gives the shapes and the place of segments that become one.
         """
-        segments, full = memory.described(self.layers[0]), memory.described(self.tails[0], host=self.plan.offloaded)
-        segments = _merged((*segments, full), join)
-        empty = self._tail_form(segments)
+        full = memory.described(self.tails[0], host=self._leaves(self.flushes))
+        segments = _merged((*memory.described(self.layers[0]), full), join)
+        empty = self._tail_form(segments, self.flushes + 1)
         return segments, memory.described(jax.eval_shape(lambda: empty(self)), host=False)
 
     def tokens(self) -> dict[str, int]:
@@ -113,20 +114,23 @@ class Cache:
         return _tokens(self.layers[0]) | {"tail": self.written}
 
     def _new_tails(self) -> None:
-        """Empty tails from slot `length` on, in the form that keeps the share of activations on the host."""
+        """Empty tails from slot `length` on, in the form that they are to be held in."""
         self._tail_start = self.length
         layer_bytes = memory.host_bytes(self.layers[0])
         self.bytes_per_step = layer_bytes * len(self.layers)
         self.engine = engine_for(self.plan.engine, layer_bytes)
-        empty = self._tail_form(self.layers[0])
+        empty = self._tail_form(self.layers[0], self.flushes)
         self.tails = [memory.placed(empty(self)) for _ in self.layers]
 
-    def _tail_form(self, segments: tuple[Segment, ...]) -> Callable[["Cache"], Segment]:
-        """What makes a new tail beside these segments of a layer."""
-        held = _tokens(segments)
-        total = held["activations"] + held["keys_values"] + self.plan.tail_tokens
-        missing = self.plan.activation_share * total - held["activations"]
-        return _empty_activations if missing >= self.plan.tail_tokens / 2 else _empty_keys_values
+    def _leaves(self, index: int) -> bool:
+        """Whether the tail of this index goes to the host when it is full."""
+        return self.plan.offloaded and index >= self.plan.resident_flushes
+
+    def _tail_form(self, segments: tuple[Segment, ...], index: int) -> Callable[["Cache"], Segment]:
+        """What makes the tail of this index beside these segments of a layer."""
+        left = max(0, self.plan.flushes - index - 1)
+        smaller = self._leaves(index) and self.plan.holds_activations_next(**_tokens(segments), left=left)
+        return _empty_activations if smaller else _empty_keys_values
 
 
 def _tokens(segments: tuple[Segment, ...]) -> dict[str, int]:
@@ -153,18 +157,21 @@ def _empty_keys_values(cache: Cache) -> KeysValues:
 
 
 def _join(segments: tuple[Segment, ...]) -> Segment:
-    """Segments on the host as one, which is there too."""
-    merged = memory.to_host(steps.concatenate(tuple(map(memory.fetched, segments)), axis=1))
-    return jax.block_until_ready(merged)  # one layer at a time on the device
+    """Segments of one place as one, which is there too."""
+    merged = steps.concatenate(tuple(map(memory.fetched, segments)), axis=1)
+    return jax.block_until_ready(memory.to_host(merged) if memory.on_host(segments[0]) else merged)
 
 
 def _merged(segments: tuple[Segment, ...], join: Join) -> tuple[Segment, ...]:
-    """One layer's segments; once `MERGE` of them on the host have the newest's form and length, they become one.
+    """One layer's segments; once `MERGE` of them have the newest's form, length and place, they become one.
 
     With MERGE 4 and tails of 64 tokens, the 4th flush leaves one segment of 256, the 16th one of 1024.
     """
-    newest = segments[-1]
-    alike = [s for s in segments if type(s) is type(newest) and s.tokens == newest.tokens and memory.on_host(s)]
+
+    def kind(segment: Segment) -> tuple[type, int, bool]:
+        return type(segment), segment.tokens, memory.on_host(segment)
+
+    alike = [segment for segment in segments if kind(segment) == kind(segments[-1])]
     if len(alike) < MERGE:
         return segments
     return _merged((*(s for s in segments if not any(s is a for a in alike)), join(tuple(alike))), join)

@@ -42,14 +42,14 @@ def add_cache_options(parser: Parser, split_of: str, offload: OffloadMode, offlo
     add("--engine", choices=get_args(Engine), default="overlapped")
     add("--offload", choices=get_args(OffloadMode), default=offload, help=offload_help)
     add("--device-cache-gib", metavar="GIB", type=float, help="device memory for the cache; default: what is free")
+    add("--host-cache-gib", metavar="GIB", type=float, help="host memory for the cache; default: what is free")
     parser.add_argument("--no-compilation-cache", action="store_true", help="compile anew, and keep nothing for later")
 
 
 def request_of(arguments: argparse.Namespace) -> Request:
     """The `Request` that those options make up; raises ValueError as it does."""
-    return Request(
-        arguments.split, arguments.recompute, arguments.engine, arguments.offload, arguments.device_cache_gib
-    )
+    fields = ("split", "recompute", "engine", "offload", "device_cache_gib", "host_cache_gib")
+    return Request(**{name: getattr(arguments, name) for name in fields})
 
 
 def keep_compiled(arguments: argparse.Namespace) -> None:

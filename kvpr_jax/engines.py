@@ -148,3 +148,8 @@ def window(layer_bytes: int) -> int:
     While the window's copies cross, the host chooses the next token and issues the first layers of the next step.
     """
     return max(WINDOW, min(WINDOW_MOST, WINDOW_BYTES // max(1, layer_bytes)))
+
+
+def window_bytes(layer_bytes: int) -> int:
+    """The most that a window of layers of up to so many bytes takes on the device."""
+    return max(WINDOW * layer_bytes, min(WINDOW_BYTES, WINDOW_MOST * layer_bytes))

@@ -270,7 +270,7 @@ def differences(score: Score, first: Score) -> dict[str, float]:
 def as_dict(setting: Setting, score: Score) -> dict[str, Any]:
     """A run for JSON."""
     numbers = {name: getattr(score, name) for name in ("perplexity", "bits_per_byte", "mean_nats")}
-    return {"dtype": setting.dtype, **numbers, "plan": dataclasses.asdict(score.plan)}
+    return {"dtype": setting.dtype, **numbers, "plan": score.plan.as_dict()}
 
 
 def summary(setting: Setting, score: Score) -> str:

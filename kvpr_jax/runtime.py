@@ -165,7 +165,7 @@ class Decoder:
         def join(segments: tuple[Segment, ...]) -> Segment:
             merging = steps.concatenate.lower(memory.described(segments, host=False), axis=1)
             merging.compile()
-            return memory.described(merging.out_info, host=True)
+            return memory.described(merging.out_info, host=memory.on_host(segments[0]))
 
         segments, tail = cache.after_flush(join)
         ahead = tuple(segment for segment in segments if memory.on_host(segment))

@@ -1,30 +1,25 @@
 """The plan of a run: how much of the cache is held as activations, how they are used, what stays on the device.
 
-The cost of one decode step, layer i+1's copies running beside layer i's compute (seconds):
-
-    link_s(l)    = (activations + keys and values held on the host) / bandwidth + copies · cost_per_copy
-    compute_s(l) = layer + tokens in each form · time a token costs in that form
-    step_s(l)    = L · max(link_s, compute_s) + first copy + head
-
-`choose_split` takes the bucketed l of least remaining time, compilation included. `two_phase_step_s` is the cost model
-of the paper (arXiv 2411.17089, equations 8 to 11), kept for comparison.
+`make_plan` is a pure function of (profile, model, workload, budgets): of the bucketed splits that both budgets hold, it
+takes the one of least remaining time, compilation included, by the cost model of `costs.py`.
 """
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from collections.abc import Collection
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
 from kvpr_jax import memory
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.engines import WINDOW, Engine, window
+from kvpr_jax.costs import Costs, buckets
+from kvpr_jax.engines import WINDOW, Engine, window, window_bytes
 from kvpr_jax.models.attention import Recompute, fused
 from kvpr_jax.profiling.profile import Profile
 
 OffloadMode = Literal["auto", "all", "none"]
 
-BUCKETS = 16  # split points tried, about
 TAIL_BYTES = 16 * 2**20  # a flushed segment should be this large: smaller copies use under half of the link
 TAIL_TOKENS = (64, 256)  # and have between these many tokens
 PREFILL_TOKENS = 32768  # tokens of a chunk of sequences, at most
@@ -43,6 +38,7 @@ class Request:
         engine: "overlapped", or "sequential": copy, wait, compute, wait.
         offload: "all" of the cache on the host, "none", or "auto": what the device cannot hold.
         device_cache_gib: GiB of device memory for the cache; None: what is free.
+        host_cache_gib: GiB of host memory for the cache, at most; None: what is free.
         tail_tokens: new tokens gathered on the device before they are flushed; None: by size.
         prefill_tokens: bound on tokens of a chunk of sequences in prefill, and of the queries of one sequence.
     """
@@ -52,6 +48,7 @@ class Request:
     engine: Engine = "overlapped"
     offload: OffloadMode = "auto"
     device_cache_gib: float | None = None
+    host_cache_gib: float | None = None
     tail_tokens: int | None = None
     prefill_tokens: int | None = None
 
@@ -70,14 +67,15 @@ class Request:
         for name in ("tail_tokens", "prefill_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.device_cache_gib is not None:
-            if not 0 <= self.device_cache_gib < 1e9:
-                raise ValueError(f"device-cache-gib {self.device_cache_gib} must be 0 or more, and below 1e9")
-            if self.offload != "auto" or self.split != "auto":
-                raise ValueError(
-                    f"device-cache-gib {self.device_cache_gib} goes with offload auto and split auto; "
-                    "the others say themselves what the device holds"
-                )
+        for name in ("device_cache_gib", "host_cache_gib"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1e9:
+                raise ValueError(f"{name.replace('_', '-')} {value} must be 0 or more, and below 1e9")
+        if self.device_cache_gib is not None and (self.offload != "auto" or self.split != "auto"):
+            raise ValueError(
+                f"device-cache-gib {self.device_cache_gib} goes with offload auto and split auto; "
+                "the others say themselves what the device holds"
+            )
 
     def _parse_split(self) -> tuple[float | int, bool]:
         """The number, and whether it is a percentage."""
@@ -126,83 +124,83 @@ class Plan:
         split: l, tokens of the prompt held as activations on the host.
         cached_tokens: S.
         resident_tokens: the prompt's last tokens that stay on the device, as keys and values.
+        resident_flushes: full tails that stay there too, before the first one that goes to the host.
         offloaded: whether any of the cache goes to the host; otherwise full tails stay on the device too.
         recompute, engine: see `Request`.
-        activation_share: part of the host's tokens held as activations; new segments keep it.
+        activation_share: part of the host's tokens held as activations at the beginning.
+        forced: whether the user chose that share, which new segments then keep.
         tail_tokens: T of the tail.
         flushes: full tails that become segments during the run.
         prefill_sequences, prefill_queries: sequences of a chunk, and tokens of one that pass a layer at a time.
         host_bytes: host memory of the cache at the end of the run.
+        host_limit_bytes: what it may become, whatever is revised on the way.
         device_bytes: device memory beside the weights.
         host_bytes_per_step: bytes that cross the link in the first decode step.
         predicted_step_s: the first decode step.
         reason: why this split, in a sentence.
+        costs: the cost model that it was chosen by.
     """
 
     batch: int
     split: int
     cached_tokens: int
     resident_tokens: int
+    resident_flushes: int
     offloaded: bool
     recompute: Recompute
     engine: Engine
     activation_share: float
+    forced: bool
     tail_tokens: int
     flushes: int
     prefill_sequences: int
     prefill_queries: int
     host_bytes: int
+    host_limit_bytes: int
     device_bytes: int
     host_bytes_per_step: int
     predicted_step_s: float
     reason: str
+    costs: Costs = dataclasses.field(repr=False)
 
+    def as_dict(self) -> dict[str, Any]:
+        """All but the cost model, for reports."""
+        shown = [field.name for field in dataclasses.fields(self) if field.name != "costs"]
+        return {name: getattr(self, name) for name in shown}
 
-@dataclasses.dataclass(frozen=True)
-class Costs:
-    """The cost model for one model, batch and profile; lengths in tokens, times in seconds."""
+    def step_s(self, activations: int, keys_values: int, resident: int) -> float:
+        """A decode step over tokens held on the host in each form and tokens on the device, in seconds."""
+        return self.costs.step_s(activations, keys_values, resident, self.recompute, self.engine)
 
-    config: ModelConfig
-    itemsize: int
-    batch: int
-    profile: Profile
+    def holds_activations_next(self, activations: int, keys_values: int, resident: int, left: int) -> bool:
+        """Whether a new tail is to be held as activations, once it is on the host beside so many tokens of each form.
 
-    def host_bytes(self, activations: int, keys_values: int) -> int:
-        """Bytes of one layer's tokens in each form."""
-        width = activations * self.config.activation_width + keys_values * self.config.kv_width
-        return self.batch * width * self.itemsize
+        A forced share is kept. Otherwise the form with which a step takes less time, as far as host memory allows:
+        keys and values only if all the tails behind it still fit as activations.
 
-    def link_s(self, activations: int, keys_values: int) -> float:
-        arrays = [self.host_bytes(activations, 0)] if activations else []
-        arrays += [self.host_bytes(0, keys_values) // 2] * 2 if keys_values else []
-        return sum((self.profile.copy_s(nbytes) for nbytes in arrays), 0.0)
+        Args:
+            resident: tokens on the device.
+            left: tails that will go to the host behind this one.
+        """
+        tail = self.tail_tokens
+        if self.forced or not self.costs.config.activations_are_smaller:
+            return self.activation_share * (activations + keys_values + tail) - activations >= tail / 2
+        smaller, larger = (activations + tail, keys_values, resident), (activations, keys_values + tail, resident)
+        if self.costs.cache_bytes(activations + left * tail, keys_values + tail) > self.host_limit_bytes:
+            return True
+        return self.step_s(*smaller) <= self.step_s(*larger)
 
-    def compute_s(self, activations: int, keys_values: int, recompute: Recompute) -> float:
-        return self.profile.layer_s(recompute, activations, keys_values)
-
-    def step_s(self, activations: int, keys_values: int, resident: int, recompute: Recompute, engine: Engine) -> float:
-        """One decode step over tokens held on the host in each form and tokens resident on the device."""
-        link = self.link_s(activations, keys_values)
-        compute = self.compute_s(activations, keys_values + resident, recompute)
-        layers = self.config.num_layers
-        if engine == "sequential":
-            return layers * (link + compute) + self.profile.head_s
-        return layers * max(link, compute) + min(link, compute) + self.profile.head_s
-
-    def two_phase_step_s(self, activations: int, keys_values: int) -> float:
-        """The paper's schedule: the activations cross first, then they are projected beside the other copies."""
-        first = self.link_s(activations, 0)
-        rest = max(self.link_s(0, keys_values), self.compute_s(activations, keys_values, "project"))
-        return self.config.num_layers * (first + rest) + self.profile.head_s
-
-
-def buckets(tokens: int) -> list[int]:
-    """Split points to choose from: multiples of a power of two, about `BUCKETS` of them, and all of the tokens.
-
-    For 50 tokens 0, 16, 32, 48 and 50; for 1024, every 64th.
-    """
-    step = max(16, 2 ** math.ceil(math.log2(max(1, tokens) / BUCKETS)))
-    return sorted({*range(0, tokens, step), tokens})
+    def on_host_at_the_end(self) -> tuple[int, int]:
+        """Tokens of a layer held as activations and as keys and values on the host when all tails are flushed."""
+        activations = self.split
+        keys_values = self.cached_tokens - self.resident_tokens - self.split
+        resident = self.resident_tokens + self.resident_flushes * self.tail_tokens
+        for left in reversed(range(self.flushes - self.resident_flushes)):
+            if self.holds_activations_next(activations, keys_values, resident, left):
+                activations += self.tail_tokens
+            else:
+                keys_values += self.tail_tokens
+        return activations, keys_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +212,7 @@ class Candidate:
         recompute: how activations are used.
         link_s, compute_s: of all layers in one decode step.
         step_s: the decode step.
+        cache_bytes: of these tokens on the host.
     """
 
     split: int
@@ -221,50 +220,30 @@ class Candidate:
     link_s: float
     compute_s: float
     step_s: float
+    cache_bytes: int
 
 
-def candidates(config: ModelConfig, dtype: jnp.dtype, plan: Plan, profile: Profile) -> list[Candidate]:
+def candidates(plan: Plan) -> list[Candidate]:
     """What a plan was chosen from, by split: the buckets and l itself in its own way, and the best in the other way.
 
     None where nothing is on the host. A plan with an empty host was chosen for what generation will spill.
     """
     if not plan.offloaded:
         return []
-    costs = Costs(config, jnp.dtype(dtype).itemsize, plan.batch, profile)
-    tokens = plan.cached_tokens - plan.resident_tokens
+    costs, tokens = plan.costs, plan.cached_tokens - plan.resident_tokens
 
     def candidate(split: int, recompute: Recompute) -> Candidate:
-        link_s, rest = costs.link_s(split, tokens - split), tokens - split + plan.resident_tokens
-        compute_s = costs.compute_s(split, rest, recompute)
-        step_s = costs.step_s(split, tokens - split, plan.resident_tokens, recompute, plan.engine)
-        return Candidate(split, recompute, config.num_layers * link_s, config.num_layers * compute_s, step_s)
+        held, layers = (split, tokens - split), costs.config.num_layers
+        compute_s = costs.compute_s(split, tokens - split + plan.resident_tokens, recompute)
+        step_s = costs.step_s(*held, plan.resident_tokens, recompute, plan.engine)
+        return Candidate(
+            split, recompute, layers * costs.link_s(*held), layers * compute_s, step_s, costs.cache_bytes(*held)
+        )
 
     other: Recompute = "absorb" if plan.recompute == "project" else "project"
     best = min((candidate(split, other) for split in buckets(tokens) if split), key=lambda c: c.step_s, default=None)
     found = [candidate(split, plan.recompute) for split in {*buckets(tokens), plan.split}]
     return sorted([*found, *([best] if best else [])], key=lambda c: (c.split, c.recompute != plan.recompute))
-
-
-def choose_split(
-    costs: Costs, tokens: int, resident: int, steps: int, recompute: Recompute, engine: Engine,
-    compiled: frozenset[int] = frozenset(),
-) -> int:  # fmt: skip
-    """The bucketed l of least remaining time: steps · step_s(l), and the time to compile l if it is not compiled yet.
-
-    Args:
-        tokens: tokens on the host that are split into [0, l) and [l, tokens).
-        resident: tokens on the device beside them.
-        steps: decode steps left.
-        compiled: splits whose layer step is compiled already.
-    """
-    if not costs.config.activations_are_smaller:
-        return 0
-
-    def remaining_s(split: int) -> float:
-        step_s = costs.step_s(split, tokens - split, resident, recompute, engine)
-        return steps * step_s + (0.0 if split in compiled else costs.profile.compile_s)
-
-    return min(buckets(tokens), key=remaining_s)
 
 
 def make_plan(
@@ -275,121 +254,158 @@ def make_plan(
     profile: Profile,
     free_device_bytes: int,
     free_host_bytes: int,
+    compiled: Collection[int] = (),
 ) -> Plan:
-    """Choose a plan and check that it fits.
+    """Choose a plan and check that it fits: of the splits that both budgets hold, the one of least remaining time.
 
     Args:
         free_device_bytes: what the device has left once the weights are loaded.
         free_host_bytes: what the host can still give.
+        compiled: splits whose layer step is compiled already; the others cost the time to compile it.
 
     Raises:
         ValueError: the request contradicts itself or the workload; names both values.
         MemoryError: the plan needs more device or host memory than there is; names both figures and the flags that
             change them.
     """
-    itemsize = jnp.dtype(dtype).itemsize
-    costs = Costs(config, itemsize, workload.batch, profile)
+    costs = Costs(config, jnp.dtype(dtype).itemsize, workload.batch, profile)
     recompute = _recompute(costs, workload, request)
     sequences, queries = _prefill_chunk(config, dtype, workload, request, free_device_bytes)
-    prefill_bytes = _prefill_bytes(config, dtype, workload, sequences, queries)
-    usable = int(free_device_bytes * (1 - MARGIN)) - max(prefill_bytes, _step_bytes(costs, workload))
-    offloaded, resident, tail = _residency(costs, workload, request, usable)
-    split, share, reason = _split(costs, workload, request, recompute, offloaded, resident)
-
-    # At the end of the run: new tokens are flushed in whole tails, those that are not activations as keys and values.
-    streamed = workload.prompt_tokens - resident - split
+    prefill_bytes, step_bytes = (
+        _prefill_bytes(config, dtype, workload, sequences, queries),
+        _step_bytes(costs, workload),
+    )
+    usable = int(free_device_bytes * (1 - MARGIN)) - max(prefill_bytes, step_bytes)
+    offloaded, resident, resident_flushes, tail = _residency(costs, workload, request, usable)
     written = workload.total_tokens - workload.prompt_tokens
     flushes = max(0, written - 1) // tail if offloaded else 0  # a full tail leaves when the next token comes
-    flushed, flushed_activations = flushes * tail, int(share * flushes) * tail
-    layer_bytes = costs.host_bytes(split + flushed_activations, streamed + flushed - flushed_activations)
-    tails = 2 if flushes else 1  # while full ones leave for the host, empty ones are there
-    token_bytes = costs.host_bytes(0, 1) * config.num_layers
-    resident_bytes = resident * token_bytes
-    plan = Plan(
-        batch=workload.batch,
-        split=split,
-        cached_tokens=workload.prompt_tokens,
-        resident_tokens=resident,
-        offloaded=offloaded,
-        recompute=recompute,
-        engine=request.engine,
-        activation_share=share,
-        tail_tokens=tail,
-        flushes=flushes,
-        prefill_sequences=sequences,
-        prefill_queries=queries,
-        host_bytes=config.num_layers * layer_bytes,
-        device_bytes=max(
-            resident_bytes + prefill_bytes,
-            resident_bytes
-            + tails * tail * token_bytes
-            + window(layer_bytes) * layer_bytes
-            + _step_bytes(costs, workload),
-        ),
-        host_bytes_per_step=config.num_layers * costs.host_bytes(split, streamed),
-        predicted_step_s=costs.step_s(split, streamed, resident, recompute, request.engine),
-        reason=reason,
-    )
-    check_memory(plan, free_device_bytes, free_host_bytes)
-    return plan
+    prompt = workload.prompt_tokens - resident
+    tokens = prompt or workload.total_tokens - resident  # an empty host: the split is of what generation will spill
+    limit = free_host_bytes
+    if request.host_cache_gib is not None:
+        limit = min(limit, int(request.host_cache_gib * memory.GIB))
+
+    def plan_of(split: int, reason: str) -> Plan:
+        held = (split, prompt - split) if prompt else (0, 0)
+        plan = Plan(
+            batch=workload.batch,
+            split=held[0],
+            cached_tokens=workload.prompt_tokens,
+            resident_tokens=resident,
+            resident_flushes=min(resident_flushes, flushes),
+            offloaded=offloaded,
+            recompute=recompute,
+            engine=request.engine,
+            activation_share=split / tokens if offloaded else 0.0,
+            forced=request.split != "auto",
+            tail_tokens=tail,
+            flushes=flushes,
+            prefill_sequences=sequences,
+            prefill_queries=queries,
+            host_bytes=0,
+            host_limit_bytes=limit,
+            device_bytes=0,
+            host_bytes_per_step=costs.cache_bytes(*held),
+            predicted_step_s=costs.step_s(*held, resident, recompute, request.engine),
+            reason=reason,
+            costs=costs,
+        )
+        layer_bytes = costs.host_bytes(*plan.on_host_at_the_end())
+        token_bytes = costs.cache_bytes(0, 1)
+        resident_bytes = (resident + plan.resident_flushes * tail) * token_bytes
+        tails = (2 if flushes else 1) * tail * token_bytes  # while full ones leave, empty ones are there
+        stepping = resident_bytes + tails + window(layer_bytes) * layer_bytes + step_bytes
+        return dataclasses.replace(
+            plan,
+            host_bytes=config.num_layers * layer_bytes,
+            device_bytes=max(resident * token_bytes + prefill_bytes, stepping),
+        )
+
+    def remaining_s(plan: Plan, split: int) -> float:
+        step_s = costs.step_s(split, tokens - split, resident, recompute, request.engine)
+        return max(1, workload.new_tokens - 1) * step_s + (0.0 if split in compiled else profile.compile_s)
+
+    splits, reason = _splits(costs, workload, request, offloaded, tokens)
+    plans = {split: plan_of(split, reason) for split in splits}
+    fitting = {
+        split: plan for split, plan in plans.items()
+        if not _shortage(plan, request, free_device_bytes, free_host_bytes)
+    }  # fmt: skip
+    if not fitting:
+        least = min(plans.values(), key=lambda plan: plan.host_bytes)
+        raise MemoryError(_shortage(least, request, free_device_bytes, free_host_bytes))
+    chosen = min(fitting, key=lambda split: remaining_s(fitting[split], split))
+    if len(plans) == 1:
+        return fitting[chosen]
+    reason = "streaming keys and values is predicted to be fastest here"
+    if chosen:
+        reason = f"holding {chosen} of {tokens} tokens as activations is predicted to be fastest"
+    if len(fitting) < len(plans):
+        reason += f"; {len(plans) - len(fitting)} of {len(plans)} splits do not fit the memory"
+    return dataclasses.replace(fitting[chosen], reason=reason)
 
 
-def _residency(costs: Costs, workload: Workload, request: Request, usable: int) -> tuple[bool, int, int]:
-    """Whether anything goes to the host, the prompt's tokens that stay on the device, and the tokens of a tail."""
+def _residency(costs: Costs, workload: Workload, request: Request, usable: int) -> tuple[bool, int, int, int]:
+    """Whether anything goes to the host, the prompt's tokens and the full tails that stay on the device, and the tokens
+    of a tail.
+
+    The device's budget is filled first, evenly in all layers, by the prompt's last tokens and then by new ones.
+    """
     everything = max(1, workload.new_tokens - 1)  # a tail that is never flushed
     if request.offload == "none":
-        return False, workload.prompt_tokens, everything
+        return False, workload.prompt_tokens, 0, everything
     tail = min(request.tail_tokens or _tail_tokens(costs), everything)
     if request.offload == "all" or request.split != "auto":
-        return True, 0, tail
+        return True, 0, 0, tail
     budget = usable if request.device_cache_gib is None else int(request.device_cache_gib * memory.GIB)
-    token_bytes = costs.host_bytes(0, 1) * costs.config.num_layers
-    if min(budget, usable) >= workload.total_tokens * token_bytes:
-        return False, workload.prompt_tokens, everything
-    layer_bytes = costs.host_bytes(0, workload.total_tokens)
-    window_bytes = window(layer_bytes) * layer_bytes
-    tokens = min(budget, usable - window_bytes) // token_bytes - 2 * tail
-    return True, min(workload.prompt_tokens, max(0, tokens)), tail
+    token_bytes, total = costs.cache_bytes(0, 1), workload.total_tokens
+    if min(budget, usable) >= total * token_bytes:
+        return False, workload.prompt_tokens, 0, everything
+    resident = 0
+    for _ in range(2):  # what stays makes the window's layers smaller, so that a little more can stay
+        beside = window_bytes(costs.host_bytes(0, total - resident))
+        left = min(budget - tail * token_bytes, usable - beside - 2 * tail * token_bytes)
+        resident = max(0, left // token_bytes)
+    of_prompt = min(workload.prompt_tokens, resident)
+    return True, of_prompt, (resident - of_prompt) // tail, tail
 
 
-def _split(
-    costs: Costs, workload: Workload, request: Request, recompute: Recompute, offloaded: bool, resident: int
-) -> tuple[int, float, str]:
-    """l, the share of the host's tokens to hold as activations, and why."""
+def _splits(costs: Costs, workload: Workload, request: Request, offloaded: bool, tokens: int) -> tuple[list[int], str]:
+    """The splits to choose from, and why, where there is only one."""
     forced = request.split_tokens(workload.prompt_tokens)
     if forced is not None:
-        return forced, forced / workload.prompt_tokens, f"forced to {forced} of {workload.prompt_tokens} tokens"
+        return [forced], f"forced to {forced} of {workload.prompt_tokens} tokens"
     if not offloaded:
-        return 0, 0.0, "the device holds the whole cache; nothing crosses the link"
+        return [0], "the device holds the whole cache; nothing crosses the link"
     config = costs.config
     if not config.activations_are_smaller:
-        return 0, 0.0, (
+        return [0], (
             f"activations ({config.activation_width} numbers a token) are no smaller than keys and values "
             f"({config.kv_width}); all of the cache is streamed"
         )  # fmt: skip
-    prompt = workload.prompt_tokens - resident
-    tokens = prompt or workload.total_tokens - resident  # an empty host: what generation will spill
-    steps = max(1, workload.new_tokens - 1)
-    chosen = choose_split(costs, tokens, resident, steps, recompute, request.engine)
-    if not chosen:
-        return 0, 0.0, "streaming keys and values is predicted to be fastest here"
-    reason = f"holding {chosen} of {tokens} tokens as activations is predicted to be fastest"
-    return (chosen if prompt else 0), chosen / tokens, reason
+    return buckets(tokens), ""
 
 
-def check_memory(plan: Plan, free_device_bytes: int, free_host_bytes: int) -> None:
-    """Raises MemoryError, with both figures and the flags that change them, if the plan does not fit."""
-    host_needed = plan.host_bytes + (plan.device_bytes if memory.device_memory_is_host_memory() else 0)
-    for place, needed, free, flags in (
-        ("host", host_needed, free_host_bytes, "fewer or shorter prompts, --max-new-tokens, --split or --dtype"),
-        ("device", plan.device_bytes, free_device_bytes,
+def _shortage(plan: Plan, request: Request, free_device_bytes: int, free_host_bytes: int) -> str:
+    """What the plan lacks, with both figures and the flags that change them; empty if it fits."""
+    less = "fewer or shorter prompts, --max-new-tokens, --split or --dtype"
+    host_bytes = plan.host_bytes + (plan.device_bytes if memory.device_memory_is_host_memory() else 0)
+    free = "are free beside the weights"
+    limits = [
+        ("host", host_bytes, free_host_bytes, free, less),
+        ("device", plan.device_bytes, free_device_bytes, free,
          "--offload all, a smaller --device-cache-gib, fewer or shorter prompts or --dtype"),
-    ):  # fmt: skip
-        if needed > free:
-            raise MemoryError(
+    ]  # fmt: skip
+    if request.host_cache_gib is not None:
+        allowed = int(request.host_cache_gib * memory.GIB)
+        limits.insert(0, ("host", plan.host_bytes, allowed, "are allowed by --host-cache-gib", f"that, {less}"))
+    for place, needed, there, are, flags in limits:
+        if needed > there:
+            return (
                 f"not enough {place} memory: the plan needs {needed / memory.GIB:.2f} GiB and "
-                f"{max(0, free) / memory.GIB:.2f} GiB are free beside the weights; change {flags}"
+                f"{max(0, there) / memory.GIB:.2f} GiB {are}; change {flags}"
             )
+    return ""
 
 
 def _recompute(costs: Costs, workload: Workload, request: Request) -> Recompute:

@@ -59,10 +59,13 @@ def layer_rows(measured: Profile) -> list[dict[str, str]]:
     """Compute of a decode step."""
     seconds = {
         "a layer, empty cache": measured.base_s,
+        "of that, the MLP": measured.mlp_s,
         "1000 tokens more as keys and values": 1000 * measured.keys_values_token_s,
         "1000 tokens more as activations, project": 1000 * measured.project_token_s,
         "1000 tokens more as activations, absorb": 1000 * measured.absorb_token_s,
-        "head: embedding and logits": measured.head_s,
+        "head: embedding, logits, next token": measured.head_s,
+        "the host issues a layer's step in": measured.dispatch_s,
+        "the host issues a copy in": measured.issue_s,
         "compiling a layer": measured.compile_s,
     }
     return [{"compute": name, "ms": f"{value * 1e3:.3f}"} for name, value in seconds.items()]

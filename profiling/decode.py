@@ -60,7 +60,7 @@ def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, requ
     times, cache, logits = run(decoder, prompts, plan, steps)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves((decoder.embedder[1], decoder.params)))
     return {
-        "plan": dataclasses.asdict(plan),
+        "plan": plan.as_dict(),
         "compile_s": max(0.0, first_s - later_s),
         **times,
         "cache_host_bytes": sum(s.nbytes for layer in range(len(cache.layers)) for s in cache.on_host(layer)),

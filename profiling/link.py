@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvpr_jax import memory
-from kvpr_jax.profiling.timing import median_s
+from kvpr_jax.profiling.timing import issued_s, median_s
 from kvpr_jax.segments import Activations
 
 Way = Literal["to_device", "to_host", "both"]
@@ -31,11 +31,22 @@ def copy_s(way: Way, size: int) -> float:
 
 def copies_s(way: Way, size: int, copies: int) -> float:
     """Seconds of so many copies of `size` bytes, issued together; with "both", so many each way."""
-    tokens = size // jnp.dtype(jnp.float32).itemsize
-    here = Activations(jnp.ones((1, tokens, 1), jnp.float32), jnp.arange(tokens, dtype=jnp.int32))
+    here = _segment(size)
     moves = [] if way == "to_host" else [(memory.fetched, memory.to_host(here))]
     moves += [] if way == "to_device" else [(memory.to_host, here)]
     return median_s(lambda: [move(source).x for _ in range(copies) for move, source in moves])
+
+
+def issue_s() -> float:
+    """Seconds that the host needs to issue a copy to the device."""
+    there = memory.to_host(_segment(SIZES[0]))
+    return issued_s(lambda: [memory.fetched(there).x for _ in range(MANY)]) / MANY
+
+
+def _segment(size: int) -> Activations:
+    """One of so many bytes, on the device."""
+    tokens = size // jnp.dtype(jnp.float32).itemsize
+    return Activations(jnp.ones((1, tokens, 1), jnp.float32), jnp.arange(tokens, dtype=jnp.int32))
 
 
 def gb_per_s() -> float:

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -23,13 +24,15 @@ from kvpr_jax.config import ModelConfig
 from kvpr_jax.models import Model
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling import link
-from kvpr_jax.profiling.timing import median_s, trials_s
+from kvpr_jax.profiling.timing import issued_s, median_s, trials_s
+from kvpr_jax.sampling import Sampling, prompt_keys
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
-VERSION = 2  # of the file's meaning
+VERSION = 3  # of the file's meaning
 PROBE_TOKENS = 16384  # over the batch: tokens in the segment whose cost is measured
 CALLS = 8  # layer steps dispatched together, as the engine does
 LONG_S = 1.0  # of those: more is measured by single calls, so that a slow machine is done in seconds too
+ENOUGH_S = 12.0  # of measuring: then only the smallest size is copied in the ways that no plan asks for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +43,11 @@ class Profile:
         machine: everything that would make the profile stale if it changed.
         to_device, to_host: (bytes, seconds) of copies by size.
         both: the same of one copy each way, where copies cross in both directions at once.
-        base_s: one layer step whose cache is empty.
+        base_s: one layer step whose cache is empty: projections, norms and MLP.
+        mlp_s: the MLP's part of it.
         keys_values_token_s, project_token_s, absorb_token_s: what a token of the cache adds to it, in each form.
-        head_s: embedding and logits of a step.
+        head_s: embedding, logits and sampling of a step.
+        dispatch_s, issue_s: what the host needs to issue one layer step, and one copy.
         compile_s: tracing and compiling one layer step.
     """
 
@@ -51,15 +56,22 @@ class Profile:
     to_host: list[tuple[int, float]]
     both: list[tuple[int, float]]
     base_s: float
+    mlp_s: float
     keys_values_token_s: float
     project_token_s: float
     absorb_token_s: float
     head_s: float
+    dispatch_s: float
+    issue_s: float
     compile_s: float
+
+    @functools.cached_property
+    def _to_device_line(self) -> tuple[float, float]:
+        return link.line(self.to_device)
 
     def copy_s(self, nbytes: int) -> float:
         """Seconds of one host-to-device copy."""
-        per_copy, bandwidth = link.line(self.to_device)
+        per_copy, bandwidth = self._to_device_line
         return per_copy + nbytes / bandwidth
 
     def layer_s(self, recompute: Recompute, activations: int, keys_values: int) -> float:
@@ -115,13 +127,17 @@ def _link(generation: int, width: int) -> str:
 
 
 def _of_gpu(read: Callable[[Any], str]) -> str:
-    """What `read` says of pynvml's first GPU; "none" where there is no driver."""
+    """What `read` says of the GPU that JAX uses, as pynvml numbers it; "none" where there is no driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return "none"
     try:
-        return read(pynvml.nvmlDeviceGetHandleByIndex(0))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"  # an index, or a UUID
+        by_index = visible.isdecimal()
+        return read(
+            pynvml.nvmlDeviceGetHandleByIndex(int(visible)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(visible)
+        )
     except pynvml.NVMLError as error:
         return f"unknown ({error})"
     finally:
@@ -150,18 +166,26 @@ def measure(
         "keys_values": functools.partial(layer_s, (keys_values,)),
         "project": functools.partial(layer_s, (activations,), "project"),
         "absorb": functools.partial(layer_s, (activations,), "absorb"),
+        "mlp": functools.partial(_mlp_s, one, batch),
         "head": functools.partial(_head_s, one, batch),
+        "issue": link.issue_s,
     }
     for way in get_args(link.Way):
         measurements |= {(way, size): functools.partial(link.copy_s, way, size) for size in link.sizes(way)}
     measured: dict[Any, Any] = {}
-    for name, measurement in measurements.items():
-        measured[name] = measurement()
+    begin = time.perf_counter()
+    for done, (name, measurement) in enumerate(measurements.items(), start=1):
+        needed = not isinstance(name, tuple) or "to_device" in name or link.sizes(name[0])[0] in name
+        if needed or time.perf_counter() - begin < ENOUGH_S:
+            measured[name] = measurement()
         if progress is not None:
-            progress(len(measured), len(measurements))
+            progress(done, len(measurements))
 
-    copies = {way: [(size, measured[way, size]) for size in link.sizes(way)] for way in get_args(link.Way)}
-    compile_s, base_s = measured["empty"]
+    copies = {
+        way: [(size, measured[way, size]) for size in link.sizes(way) if (way, size) in measured]
+        for way in get_args(link.Way)
+    }
+    compile_s, base_s, dispatch_s = measured["empty"]
 
     def token_s(form: str) -> float:
         return max(0.0, measured[form][1] - base_s) / tokens
@@ -172,10 +196,13 @@ def measure(
         to_host=copies["to_host"],
         both=copies["both"],
         base_s=base_s,
+        mlp_s=min(measured["mlp"], base_s),
         keys_values_token_s=token_s("keys_values"),
         project_token_s=token_s("project"),
         absorb_token_s=token_s("absorb"),
         head_s=measured["head"],
+        dispatch_s=dispatch_s,
+        issue_s=measured["issue"],
         compile_s=compile_s,
     )
 
@@ -187,8 +214,8 @@ def _layer_s(
     dtype: jnp.dtype,
     segments: tuple[Segment, ...],
     recompute: Recompute = "project",
-) -> tuple[float, float]:
-    """Seconds to compile one layer step over these segments, and to run it."""
+) -> tuple[float, float, float]:
+    """Seconds to compile one layer step over these segments, to run it, and to issue it."""
     shape = (batch, 1, config.num_kv_heads, config.head_dim)
     place = Place(jnp.array([2**20], jnp.int32), None)
     h = memory.placed(jnp.ones((batch, 1, config.hidden_size), dtype))
@@ -207,16 +234,32 @@ def _layer_s(
 
     first_s, *later = trials_s(lambda: calls(1), trials=3, warm_up=0)
     run_s = min(later)
-    if CALLS * run_s < LONG_S:
-        run_s = median_s(lambda: calls(CALLS)) / CALLS
-    return max(0.0, first_s - run_s), run_s
+    together = CALLS if CALLS * run_s < LONG_S else 1
+    if together > 1:
+        run_s = median_s(lambda: calls(together)) / together
+    issue_s = issued_s(lambda: calls(together), trials=5 if together > 1 else 1) / together
+    return max(0.0, first_s - run_s), run_s, min(issue_s, run_s)
+
+
+def _mlp_s(model: Model, batch: int) -> float:
+    """Seconds of one layer's MLP in a decode step."""
+    definition, params = steps.split_module(model.layers[0].mlp)
+    h = memory.placed(jnp.ones((batch, 1, model.config.hidden_size), model.dtype))
+    run = jax.jit(lambda params, h: definition.module(params)(h))
+    return median_s(lambda: [run(params, h) for _ in range(CALLS)]) / CALLS
 
 
 def _head_s(model: Model, batch: int) -> float:
-    """Seconds of what surrounds the layers in a step: embedding and logits."""
+    """Seconds of what surrounds the layers in a step: embedding, logits and the next token."""
     embedder = steps.split_module(model.embedder)
     tokens, place = jnp.zeros((batch, 1), jnp.int32), Place(jnp.zeros(1, jnp.int32), None)
-    return median_s(lambda: steps.logits(*embedder, steps.embed(*embedder, tokens, place)[0]))
+    keys, index, sampling = prompt_keys(0, [[0]] * batch), jnp.int32(0), Sampling()
+
+    def surround() -> Any:
+        logits = steps.logits(*embedder, steps.embed(*embedder, tokens, place)[0])
+        return steps.sample(logits, keys, index, sampling)
+
+    return median_s(surround)
 
 
 def cache_directory() -> Path:
@@ -263,13 +306,19 @@ def write(path: Path, profile: Profile) -> None:
     os.replace(file.name, path)
 
 
-def load_or_measure(config: ModelConfig, dtype: jnp.dtype, batch: int) -> Profile:
-    """The stored profile of this machine for this model and batch, measured now if there is none that matches."""
+def load_or_measure(
+    config: ModelConfig, dtype: jnp.dtype, batch: int, progress: Callable[[int, int], None] | None = None
+) -> Profile:
+    """The stored profile of this machine for this model and batch, measured now if there is none that matches.
+
+    Args:
+        progress: as in `measure`; not called where nothing has to be measured.
+    """
     key = machine(config, dtype, batch)
     path = path_of(key)
     profile = read(path, key)
     if profile is None:
-        profile = measure(config, dtype, batch)
+        profile = measure(config, dtype, batch, progress)
         with contextlib.suppress(OSError):  # a home that cannot be written costs a measurement each time, no more
             write(path, profile)
     return profile

@@ -21,3 +21,14 @@ def trials_s(function: Callable[[], Any], trials: int = 5, warm_up: int = 2) -> 
 def median_s(function: Callable[[], Any], trials: int = 5, warm_up: int = 2) -> float:
     """Median of `trials_s`."""
     return statistics.median(trials_s(function, trials, warm_up))
+
+
+def issued_s(function: Callable[[], Any], trials: int = 5) -> float:
+    """Median seconds until `function` returns, its results under way; between trials they are waited for."""
+    seconds = []
+    for _ in range(trials):
+        begin = time.perf_counter()
+        results = function()
+        seconds.append(time.perf_counter() - begin)
+        jax.block_until_ready(results)
+    return statistics.median(seconds)

@@ -48,10 +48,13 @@ def profile(**changes: object) -> Profile:
         to_host=[(2**20, 1e-4), (2**26, 6.4e-3)],
         both=[(2**20, 2e-4), (2**26, 1.28e-2)],
         base_s=1e-4,
+        mlp_s=6e-5,
         keys_values_token_s=1e-7,
         project_token_s=1e-6,
         absorb_token_s=2e-7,
         head_s=1e-3,
+        dispatch_s=2e-5,
+        issue_s=1e-5,
         compile_s=0.5,
     )
     return dataclasses.replace(given, **changes)

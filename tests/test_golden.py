@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from helpers import assert_close, each_engine, greedy
-from kvpr_jax import checkpoint, scheduler
+from kvpr_jax import checkpoint, costs
 from kvpr_jax.runtime import Decoder
 from kvpr_jax.scheduler import Request
 
@@ -89,7 +89,7 @@ def read(name: str) -> Golden:
 
 
 def test_the_grid_covers_every_case_and_the_edges_of_a_bucket():
-    assert scheduler.buckets(PROMPT) == [0, EDGE, PROMPT]
+    assert costs.buckets(PROMPT) == [0, EDGE, PROMPT]
     assert {name for name, *_ in GRID} == {path.name for path in GOLDEN.iterdir()} - {"bundled"}
     assert all(max(map(len, read(name).prompts)) == PROMPT for name, *_ in GRID)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import kvpr_jax
 from helpers import assert_close, each_engine, greedy
-from kvpr_jax import checkpoint, evaluate, scheduler, steps
+from kvpr_jax import checkpoint, costs, evaluate, steps
 from kvpr_jax.models import Model
 from kvpr_jax.runtime import Decoder
 from kvpr_jax.sampling import Sampling, allowed, prompt_keys
@@ -81,7 +81,7 @@ def reference(tmp_path_factory) -> Callable[[str], Reference]:
 
 @pytest.mark.parametrize("name, split, recompute, tail", GRID)
 def test_greedy_text_equals_transformers(reference, name, split, recompute, tail, monkeypatch):
-    assert scheduler.buckets(PROMPT) == [0, EDGE, PROMPT]
+    assert costs.buckets(PROMPT) == [0, EDGE, PROMPT]
     expected = reference(name)
     decoder = Decoder(expected.model)
     for engine in itertools.chain(each_engine(monkeypatch, in_step=True), each_engine(monkeypatch, in_step=False)):

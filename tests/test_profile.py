@@ -186,7 +186,7 @@ def test_copies_go_where_they_are_said_to(monkeypatch):
 def test_progress_reaches_its_total(small):
     calls = []
     profiles.measure(OPT, FLOAT32, 2, lambda done, total: calls.append((done, total)))
-    total = 4 + 1 + 2 + 1 + 1  # layers, the head, copies each way and both
+    total = 4 + 3 + 2 + 1 + 1  # layers; MLP, head and issuing a copy; copies each way and both
     assert calls == [(done, total) for done in range(1, total + 1)]
 
 
@@ -195,9 +195,36 @@ def test_long_steps_are_measured_by_few_calls(monkeypatch):
     layer, repeated, seconds = profiles.steps.split_module(random_model(OPT).layers[0]), [], iter([5.0, 0.5, 0.4])
     monkeypatch.setattr(profiles, "trials_s", lambda function, trials, warm_up: [next(seconds) for _ in range(trials)])
     monkeypatch.setattr(profiles, "median_s", lambda function: repeated.append(function) or 0.08)
-    assert profiles._layer_s(layer, 1, OPT, FLOAT32, ()) == (4.6, 0.4) and not repeated
+    monkeypatch.setattr(profiles, "issued_s", lambda function, trials: 0.003 if trials == 1 else 0.024)
+    assert profiles._layer_s(layer, 1, OPT, FLOAT32, ()) == (4.6, 0.4, 0.003) and not repeated
     seconds = iter([5.0, 0.03, 0.02])
-    assert profiles._layer_s(layer, 1, OPT, FLOAT32, ()) == (4.99, 0.01) and len(repeated) == 1
+    assert profiles._layer_s(layer, 1, OPT, FLOAT32, ()) == (4.99, 0.01, 0.003) and len(repeated) == 1
+
+
+def test_what_takes_too_long_is_left_out(small, monkeypatch):
+    """Copies to the host and both ways keep one size; what plans are made from is measured whole."""
+    monkeypatch.setattr(link, "sizes", lambda way: (2**16, 2**18))
+    monkeypatch.setattr(profiles, "ENOUGH_S", 0.0)
+    measured = profiles.measure(OPT, FLOAT32, 2)
+    assert [[size for size, _ in copies] for copies in (measured.to_device, measured.to_host, measured.both)] == [
+        [2**16, 2**18], [2**16], [2**16]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("visible, asked", [
+    (None, ("index", 0)), ("", ("index", 0)), ("3,1", ("index", 3)), ("GPU-8f,GPU-1a", ("uuid", "GPU-8f")),
+])  # fmt: skip
+def test_the_gpu_that_is_asked_is_the_one_that_jax_uses(visible, asked, gpu, monkeypatch):
+    gpu(5, 16)
+    seen = []
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: seen.append(("index", index)))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: seen.append(("uuid", uuid)))
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    profiles.pcie()
+    assert seen == [asked]
 
 
 def test_a_link_that_has_fallen_to_a_lower_width_is_reported(gpu):
@@ -265,7 +292,7 @@ def test_the_command_takes_a_released_size(monkeypatch, capsys):
     headings = [f"opt-125m, {dtype}, batch 1" for _, dtype, _ in asked]
     printed = capsys.readouterr().out
     assert [line for line in printed.splitlines() if line.startswith("opt-125m")] == headings
-    assert "| head: embedding and logits | 2000.000 |" in printed
+    assert "| head: embedding, logits, next token | 2000.000 |" in printed
 
 
 def test_nothing_to_show_names_the_command_that_measures(monkeypatch, capsys):

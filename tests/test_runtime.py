@@ -62,9 +62,30 @@ def test_residency_keeps_the_end_of_the_prompt_on_the_device():
     token_gib = 2 * OPT.kv_width * 4 * OPT.num_layers / memory.GIB
     request = Request(device_cache_gib=(9 + 0.5) * token_gib, tail_tokens=2)
     _, _, cache, plan = greedy(decoder, prompts, 4, request)
-    assert plan.resident_tokens == 9 - 2 * 2 and plan.offloaded
-    assert cache.tokens()["resident"] == 5
-    assert cache.tokens()["activations"] + cache.tokens()["keys_values"] == 8 + 2
+    assert plan.resident_tokens == 9 - 2 and plan.offloaded  # the budget holds the tail too
+    assert cache.tokens()["resident"] == 7
+    assert cache.tokens()["activations"] + cache.tokens()["keys_values"] == 6 + 2
+
+
+@pytest.mark.parametrize("config", [OPT, LLAMA, GQA], ids=["opt", "llama", "gqa"])
+def test_a_growing_cache_fills_the_device_and_spills_the_rest(config):
+    """Resident tails are merged like those on the host; nothing crosses before the first one leaves."""
+    model = random_model(config)
+    prompts = random_prompts((7, 4), config.vocab_size)
+    token_gib = 2 * config.kv_width * 4 * config.num_layers / memory.GIB
+    request = Request(device_cache_gib=(7 + 5 * 2 + 2.5) * token_gib, tail_tokens=2)
+    tokens, logits, cache, plan = greedy(Decoder(model), prompts, 21, request)
+    assert (plan.resident_tokens, plan.resident_flushes, plan.flushes) == (7, 5, 9)
+    held = cache.tokens()
+    assert held["resident"] == 7 + 5 * 2 and held["tail"] == 2
+    assert held["activations"] + held["keys_values"] == 4 * 2 == sum(plan.on_host_at_the_end())
+    assert plan.host_bytes == cache.bytes_per_step
+    assert [s.tokens for s in cache.on_device(0)] == [7, 2 * 4, 2] and [s.tokens for s in cache.on_host(0)] == [2 * 4]
+    # Nine steps up to the fifth flush and two in the sixth tail read nothing; then 2, 4, 6 and 8 tokens cross.
+    numbers = config.activation_width if held["activations"] else config.kv_width
+    assert cache.fetched_bytes == 2 * numbers * 4 * config.num_layers * (2 * 2 + 2 * 4 + 2 * 6 + 2 * 8)
+    for row, prompt in enumerate(prompts):
+        assert_close(logits[:, row], whole_text_logits(model, prompt, tokens[row]))
 
 
 def test_host_segments_are_in_pinned_host_memory_and_counted():

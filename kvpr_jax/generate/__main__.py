@@ -24,7 +24,6 @@ from kvpr_jax.command_line import (
     run,
 )
 from kvpr_jax.generate import Output, Stream, Until, encode
-from kvpr_jax.profiling import profile
 from kvpr_jax.profiling.report import table
 from kvpr_jax.runtime import Decoder, plan_for, workload_of
 from kvpr_jax.sampling import Sampling
@@ -189,9 +188,9 @@ def execute(arguments: argparse.Namespace) -> int:
         ids = encode(tokenizer, prompts, arguments.chat)
         workload = workload_of(ids, until.max_new_tokens, config)
         plan = plan_for(config, dtype, workload, request, checkpoint.weights_bytes(config, dtype))
-    result = {"model": arguments.model, "plan": dataclasses.asdict(plan)}
+    result = {"model": arguments.model, "plan": plan.as_dict()}
     if arguments.plan:
-        considered = candidates(config, dtype, plan, profile.load_or_measure(config, dtype, plan.batch))
+        considered = candidates(plan)
         if arguments.json:
             print(json.dumps(result | {"candidates": [dataclasses.asdict(each) for each in considered]}))
         else:

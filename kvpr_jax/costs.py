@@ -1,0 +1,84 @@
+"""The cost model of a decode step: what a plan is chosen by. Lengths in tokens, times in seconds.
+
+Layer i+1's copies run beside layer i's compute, and the host issues both:
+
+    link_s(l)    = (activations + keys and values held on the host) / bandwidth + copies · cost_per_copy
+    compute_s(l) = layer + tokens in each form · time a token costs in that form
+    issue_s(l)   = calls · cost of issuing one + copies · cost of issuing one
+    step_s(l)    = L · max(link_s, compute_s, issue_s) + first copy or last compute + head
+
+`two_phase_step_s` is the cost model of the paper (arXiv 2411.17089, equations 8 to 11), kept for comparison.
+"""
+
+import dataclasses
+import math
+
+from kvpr_jax.config import ModelConfig
+from kvpr_jax.engines import SMALL_BYTES, Engine
+from kvpr_jax.models.attention import Recompute
+from kvpr_jax.profiling.profile import Profile
+
+BUCKETS = 16  # split points tried, about
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """The cost model for one model, batch and profile."""
+
+    config: ModelConfig
+    itemsize: int
+    batch: int
+    profile: Profile
+
+    def host_bytes(self, activations: int, keys_values: int) -> int:
+        """Bytes of one layer's tokens in each form."""
+        width = activations * self.config.activation_width + keys_values * self.config.kv_width
+        return self.batch * width * self.itemsize
+
+    def cache_bytes(self, activations: int, keys_values: int) -> int:
+        """Bytes of all layers' tokens in each form."""
+        return self.config.num_layers * self.host_bytes(activations, keys_values)
+
+    def arrays_bytes(self, activations: int, keys_values: int) -> list[int]:
+        """Bytes of each array in which a layer's tokens cross the link: activations; keys, values."""
+        arrays = [self.host_bytes(activations, 0)] if activations else []
+        return arrays + [self.host_bytes(0, keys_values) // 2] * (2 if keys_values else 0)
+
+    def link_s(self, activations: int, keys_values: int) -> float:
+        """One layer's copies."""
+        return sum((self.profile.copy_s(nbytes) for nbytes in self.arrays_bytes(activations, keys_values)), 0.0)
+
+    def compute_s(self, activations: int, keys_values: int, recompute: Recompute) -> float:
+        """One layer's step over tokens in each form, wherever they are held."""
+        return self.profile.layer_s(recompute, activations, keys_values)
+
+    def issue_s(self, activations: int, keys_values: int) -> float:
+        """What the host needs to issue one layer's step, and its copies where they are not part of the step."""
+        arrays = self.arrays_bytes(activations, keys_values)
+        copies = len(arrays) if sum(arrays) >= SMALL_BYTES else 0
+        return self.profile.dispatch_s + copies * self.profile.issue_s
+
+    def step_s(self, activations: int, keys_values: int, resident: int, recompute: Recompute, engine: Engine) -> float:
+        """One decode step over tokens held on the host in each form and tokens resident on the device."""
+        link = self.link_s(activations, keys_values)
+        compute = self.compute_s(activations, keys_values + resident, recompute)
+        layers = self.config.num_layers
+        if engine == "sequential":
+            return layers * (link + compute) + self.profile.head_s
+        layer = max(link, compute, self.issue_s(activations, keys_values))
+        return layers * layer + min(link, compute) + self.profile.head_s
+
+    def two_phase_step_s(self, activations: int, keys_values: int) -> float:
+        """The paper's schedule: the activations cross first, then they are projected beside the other copies."""
+        first = self.link_s(activations, 0)
+        rest = max(self.link_s(0, keys_values), self.compute_s(activations, keys_values, "project"))
+        return self.config.num_layers * (first + rest) + self.profile.head_s
+
+
+def buckets(tokens: int) -> list[int]:
+    """Split points to choose from: multiples of a power of two, about `BUCKETS` of them, and all of the tokens.
+
+    For 50 tokens 0, 16, 32, 48 and 50; for 1024, every 64th.
+    """
+    step = max(16, 2 ** math.ceil(math.log2(max(1, tokens) / BUCKETS)))
+    return sorted({*range(0, tokens, step), tokens})
