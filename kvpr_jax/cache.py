@@ -10,6 +10,7 @@ equal length in one place are merged, so their number grows with the logarithm o
 """
 
 import dataclasses
+import time
 from collections.abc import Callable
 from concurrent import futures
 
@@ -20,6 +21,7 @@ from jaxtyping import Array, Int
 from kvpr_jax import memory, steps
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.engines import InStep, Overlapped, Resident, Sequential, engine_for
+from kvpr_jax.pace import Pace
 from kvpr_jax.scheduler import Plan
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
@@ -42,9 +44,13 @@ class Cache:
         tails: for each layer, its tail of `plan.tail_tokens` slots.
         engine: carries out its decode steps; chosen by what they move.
         bytes_per_step: bytes that cross the link in a step: all segments on the host.
+        predicted_step_s: how long a step should take until the next flush.
         fetched_bytes: bytes that steps have moved over the link so far.
         flushes: full tails so far.
         preparing: the compilation of what the next flush will make necessary, if it has begun.
+        longest_wait_s: the longest time that a flush has waited for it.
+        recompiled: functions that steps behind the first one compiled themselves.
+        miss: what was said of steps that took longer than predicted for long; None if they did not.
     """
 
     config: ModelConfig
@@ -57,9 +63,15 @@ class Cache:
     tails: list[Segment] = dataclasses.field(init=False)
     engine: Sequential | Overlapped | InStep | Resident = dataclasses.field(init=False)
     bytes_per_step: int = dataclasses.field(init=False)
+    predicted_step_s: float = dataclasses.field(init=False)
     fetched_bytes: int = 0
     flushes: int = 0
     preparing: futures.Future[None] | None = None
+    longest_wait_s: float = 0.0
+    recompiled: int = 0
+    miss: str | None = None
+    _pace: Pace = dataclasses.field(default_factory=Pace)
+    _slowed: Plan | None = None  # takes the plan's place once the next tail, whose form may be compiled for, is begun
 
     def __post_init__(self, start: Int[Array, " B"] | None) -> None:
         self.place = memory.placed(Place(jnp.array([self.length], jnp.int32), start))
@@ -83,7 +95,11 @@ class Cache:
         return tuple(segment for segment in self.layers[layer] if not memory.on_host(segment))
 
     def flush(self) -> None:
-        """Make every layer's full tail its next segment, on the host if the cache is offloaded, and begin anew."""
+        """Make every layer's full tail its next segment, on the device or on the host, and begin anew."""
+        if self.preparing is not None:
+            begin = time.perf_counter()
+            futures.wait([self.preparing])
+            self.longest_wait_s = max(self.longest_wait_s, time.perf_counter() - begin)
         jax.block_until_ready(self.tails)  # no layer is being computed whose segments a new engine would not know of
         with jax.profiler.TraceAnnotation("flush"):
             to_host = self._leaves(self.flushes)
@@ -92,6 +108,25 @@ class Cache:
                 self.layers[layer] = _merged((*self.layers[layer], full), _join)
             self.flushes, self.preparing = self.flushes + 1, None
             self._new_tails()
+        if self._slowed is not None:
+            self.plan, self._slowed = self._slowed, None
+
+    def observe(self, step_s: float) -> None:
+        """Take note of how long the last step took. Where steps miss the prediction for long, later tails are planned
+        by what was measured."""
+        plan = self.plan
+        revisable = plan.offloaded and not plan.forced and self.config.activations_are_smaller
+        times = self._pace.lasting_miss(step_s, self.predicted_step_s)
+        if times is None or not revisable:
+            return
+        measured_s = times * self.predicted_step_s
+        self._slowed, blamed = plan.slowed(**self._held_in_a_step(), step_s=measured_s)
+        if self.miss is None:
+            self.miss = (
+                f"decode steps take {measured_s * 1e3:.2f} ms, {self.predicted_step_s * 1e3:.2f} ms were predicted: "
+                f"{blamed} must be slower than when this machine was profiled; later tokens are held accordingly"
+            )
+        self.predicted_step_s = measured_s
 
     @property
     def written(self) -> int:
@@ -107,7 +142,7 @@ class Cache:
         full = memory.described(self.tails[0], host=self._leaves(self.flushes))
         segments = _merged((*memory.described(self.layers[0]), full), join)
         empty = self._tail_form(segments, self.flushes + 1)
-        return segments, memory.described(jax.eval_shape(lambda: empty(self)), host=False)
+        return segments, memory.described(empty(self))  # made, so that what makes it is compiled as well
 
     def tokens(self) -> dict[str, int]:
         """Tokens of one layer by where and how they are held: activations, keys_values, resident, tail."""
@@ -121,6 +156,12 @@ class Cache:
         self.engine = engine_for(self.plan.engine, layer_bytes)
         empty = self._tail_form(self.layers[0], self.flushes)
         self.tails = [memory.placed(empty(self)) for _ in self.layers]
+        self.predicted_step_s = self.plan.step_s(**self._held_in_a_step())
+
+    def _held_in_a_step(self) -> dict[str, int]:
+        """Tokens that a step reads, as the cost model counts them: the tail is on the device, and read whole."""
+        held = _tokens(self.layers[0])
+        return held | {"resident": held["resident"] + self.plan.tail_tokens}
 
     def _leaves(self, index: int) -> bool:
         """Whether the tail of this index goes to the host when it is full."""

@@ -12,6 +12,7 @@ Layer i+1's copies run beside layer i's compute, and the host issues both:
 
 import dataclasses
 import math
+from typing import Any
 
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.engines import SMALL_BYTES, Engine
@@ -19,6 +20,11 @@ from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling.profile import Profile
 
 BUCKETS = 16  # split points tried, about
+TIMES_OF = {  # each side of a step: the profile's times that make it up
+    "copies to the device": (),  # by size
+    "compute": ("base_s", "keys_values_token_s", "project_token_s", "absorb_token_s"),
+    "issuing": ("dispatch_s", "issue_s"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +73,27 @@ class Costs:
             return layers * (link + compute) + self.profile.head_s
         layer = max(link, compute, self.issue_s(activations, keys_values))
         return layers * layer + min(link, compute) + self.profile.head_s
+
+    def slowed(
+        self, activations: int, keys_values: int, resident: int, recompute: Recompute, engine: Engine, step_s: float
+    ) -> tuple["Costs", str]:
+        """The cost model by which this step, which is predicted to take less, takes `step_s`; and what it blames.
+
+        Of link, compute and issuing, the one that the prediction is bound by is taken to be slower than profiled.
+        """
+        sides = {
+            "copies to the device": self.link_s(activations, keys_values),
+            "compute": self.compute_s(activations, keys_values + resident, recompute),
+        }
+        if engine != "sequential":
+            sides["issuing"] = self.issue_s(activations, keys_values)
+        blamed = max(sides, key=lambda side: sides[side])
+        missing_s = step_s - self.step_s(activations, keys_values, resident, recompute, engine)
+        times = 1 + missing_s / self.config.num_layers / sides[blamed]
+        changes: dict[str, Any] = {name: times * getattr(self.profile, name) for name in TIMES_OF[blamed]}
+        if not changes:
+            changes = {"to_device": [(nbytes, times * seconds) for nbytes, seconds in self.profile.to_device]}
+        return dataclasses.replace(self, profile=dataclasses.replace(self.profile, **changes)), blamed
 
     def two_phase_step_s(self, activations: int, keys_values: int) -> float:
         """The paper's schedule: the activations cross first, then they are projected beside the other copies."""

@@ -1,8 +1,7 @@
 """Carries a plan out: prefill a batch of prompts into a cache, then step it token by token."""
 
 import math
-from collections.abc import Callable, Sequence
-from concurrent import futures
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -10,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvpr_jax import engines, memory, scheduler, steps
+from kvpr_jax import compiling, engines, memory, scheduler, steps
 from kvpr_jax.cache import Cache
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.models import Model
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling import profile
+from kvpr_jax.profiling.profile import Profile
 from kvpr_jax.scheduler import Plan, Request, Workload
 from kvpr_jax.segments import Place, Segment
 
 PREPARE_AT = 0.25  # of the tail written: runs that end early compile nothing in vain, others are ready in time
-BACKGROUND = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
 
 
 class Decoder:
@@ -39,6 +38,7 @@ class Decoder:
         self.embedder = steps.split_module(model.embedder)
         layers = [steps.split_module(layer) for layer in model.layers]
         self.layer, self.params = layers[0][0], [params for _, params in layers]
+        self.compiled: set[tuple[Any, ...]] = set()  # `Plan.step_shape` of plans that have been stepped
 
     def plan(self, prompts: Sequence[Sequence[int]], new_tokens: int, request: Request = Request()) -> Plan:
         """The plan for a batch of tokenized prompts on this machine.
@@ -47,7 +47,8 @@ class Decoder:
             ValueError: a prompt is empty or too long, or the request does not fit it.
             MemoryError: it does not fit the device or the host.
         """
-        return plan_for(self.config, self.dtype, workload_of(prompts, new_tokens, self.config), request)
+        workload = workload_of(prompts, new_tokens, self.config)
+        return plan_for(self.config, self.dtype, workload, request, compiled=self.compiled)
 
     def prefill(
         self,
@@ -140,9 +141,8 @@ class Decoder:
             raise ValueError(f"tokens have shape {tokens.shape}; one for each of the {batch} sequences is needed")
         if cache.length >= self.config.max_positions:
             raise ValueError(f"the cache holds {cache.length} tokens, all the positions that the model has")
+        compiled = compiling.compiled_here()
         if cache.full:
-            if cache.preparing is not None:
-                futures.wait([cache.preparing])
             cache.flush()
         place = cache.place
         h, slots = steps.embed(*self.embedder, tokens[:, None], place)
@@ -150,10 +150,15 @@ class Decoder:
         cache.length += 1
         cache.fetched_bytes += cache.bytes_per_step
         if cache.written == math.ceil(cache.plan.tail_tokens * PREPARE_AT) and cache.flushes < cache.plan.flushes:
-            cache.preparing = BACKGROUND.submit(self._prepare, cache, memory.described(h))
+            cache.preparing = compiling.BACKGROUND.submit(self._prepare, cache, memory.described(h))
         compute = self.compute(cache.tails, place, cache.plan.recompute)
         h = cache.engine.step(self.config.num_layers, cache, compute, h, more=not cache.full)
-        return steps.logits(*self.embedder, h)
+        logits = steps.logits(*self.embedder, h)
+        if cache.length == cache.plan.cached_tokens + 1:  # the first step
+            self.compiled.add(cache.plan.step_shape)
+        else:
+            cache.recompiled += compiling.compiled_here() - compiled
+        return logits
 
     def _prepare(self, cache: Cache, h: Any) -> None:
         """Compile what the steps behind the next flush need, so that none of them waits for it.
@@ -180,17 +185,25 @@ class Decoder:
 
 
 def plan_for(
-    config: ModelConfig, dtype: jnp.dtype, workload: Workload, request: Request, weights_bytes: int = 0
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    workload: Workload,
+    request: Request,
+    weights_bytes: int = 0,
+    measured: Profile | None = None,
+    compiled: Collection[tuple[Any, ...]] = (),
 ) -> Plan:
     """The plan for a workload on this machine as it is now; see `scheduler.make_plan` for the errors.
 
     Args:
         weights_bytes: device memory that the model will take, if it is not loaded yet.
+        measured: the profile to plan by; None: this machine's, measured now if it was not before.
+        compiled: see `scheduler.make_plan`.
     """
-    measured = profile.load_or_measure(config, dtype, workload.batch)
+    measured = measured or profile.load_or_measure(config, dtype, workload.batch)
     on_host = weights_bytes if memory.device_memory_is_host_memory() else 0
     free = memory.free_device_bytes() - weights_bytes, memory.free_pinned_bytes() - on_host
-    return scheduler.make_plan(config, dtype, workload, request, measured, *free)
+    return scheduler.make_plan(config, dtype, workload, request, measured, *free, compiled)
 
 
 def workload_of(prompts: Sequence[Sequence[int]], new_tokens: int, config: ModelConfig) -> Workload:

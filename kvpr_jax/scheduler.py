@@ -172,6 +172,17 @@ class Plan:
         """A decode step over tokens held on the host in each form and tokens on the device, in seconds."""
         return self.costs.step_s(activations, keys_values, resident, self.recompute, self.engine)
 
+    @property
+    def step_shape(self) -> tuple[Any, ...]:
+        """What the first step's compiled function depends on, for one model."""
+        held = self.split, self.cached_tokens, self.resident_tokens, self.offloaded, self.tail_tokens
+        return self.batch, *held, self.recompute, self.engine
+
+    def slowed(self, activations: int, keys_values: int, resident: int, step_s: float) -> tuple["Plan", str]:
+        """The plan with costs by which a step over these tokens takes `step_s`, and what they blame."""
+        costs, blamed = self.costs.slowed(activations, keys_values, resident, self.recompute, self.engine, step_s)
+        return dataclasses.replace(self, costs=costs), blamed
+
     def holds_activations_next(self, activations: int, keys_values: int, resident: int, left: int) -> bool:
         """Whether a new tail is to be held as activations, once it is on the host beside so many tokens of each form.
 
@@ -254,14 +265,14 @@ def make_plan(
     profile: Profile,
     free_device_bytes: int,
     free_host_bytes: int,
-    compiled: Collection[int] = (),
+    compiled: Collection[tuple[Any, ...]] = (),
 ) -> Plan:
     """Choose a plan and check that it fits: of the splits that both budgets hold, the one of least remaining time.
 
     Args:
         free_device_bytes: what the device has left once the weights are loaded.
         free_host_bytes: what the host can still give.
-        compiled: splits whose layer step is compiled already; the others cost the time to compile it.
+        compiled: `Plan.step_shape` of plans whose step is compiled already; the others cost the time to compile it.
 
     Raises:
         ValueError: the request contradicts itself or the workload; names both values.
@@ -321,9 +332,10 @@ def make_plan(
             device_bytes=max(resident * token_bytes + prefill_bytes, stepping),
         )
 
-    def remaining_s(plan: Plan, split: int) -> float:
+    def remaining_s(split: int) -> float:
         step_s = costs.step_s(split, tokens - split, resident, recompute, request.engine)
-        return max(1, workload.new_tokens - 1) * step_s + (0.0 if split in compiled else profile.compile_s)
+        compile_s = 0.0 if plans[split].step_shape in compiled else profile.compile_s
+        return max(1, workload.new_tokens - 1) * step_s + compile_s
 
     splits, reason = _splits(costs, workload, request, offloaded, tokens)
     plans = {split: plan_of(split, reason) for split in splits}
@@ -334,7 +346,7 @@ def make_plan(
     if not fitting:
         least = min(plans.values(), key=lambda plan: plan.host_bytes)
         raise MemoryError(_shortage(least, request, free_device_bytes, free_host_bytes))
-    chosen = min(fitting, key=lambda split: remaining_s(fitting[split], split))
+    chosen = min(fitting, key=remaining_s)
     if len(plans) == 1:
         return fitting[chosen]
     reason = "streaming keys and values is predicted to be fastest here"

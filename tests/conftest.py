@@ -32,7 +32,7 @@ TESTS = itertools.count(1)  # run so far in this process
 def _given_profile(monkeypatch, tmp_path):
     """No test measures the machine unless it is about measuring; none reads or writes the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(profiles, "load_or_measure", lambda config, dtype, batch: profile())
+    monkeypatch.setattr(profiles, "load_or_measure", lambda config, dtype, batch, progress=None: profile())
     for module in (generate_cli, evaluate):
         monkeypatch.setattr(module, "keep_compiled", lambda arguments: None)
 

@@ -10,19 +10,23 @@ import pytest
 from helpers import OPT, profile
 from kvpr_jax import memory, scheduler
 from kvpr_jax.cache import MERGE, Cache
+from kvpr_jax.pace import STEPS
+from kvpr_jax.profiling.profile import Profile
 from kvpr_jax.segments import Activations, KeysValues
 
 PROMPT, TAIL, BATCH = 8, 2, 3
 CONFIG = dataclasses.replace(OPT, num_layers=2)
 
 
-def new_cache(split: int, offload: str = "all") -> Cache:
-    """The cache after a prompt of `PROMPT` tokens; every number in it is its token's slot."""
-    request = scheduler.Request(split=str(split) if offload == "all" else "auto", offload=offload, tail_tokens=TAIL)
+def new_cache(split: int | None, offload: str = "all", machine: Profile = profile()) -> Cache:
+    """The cache after a prompt of `PROMPT` tokens, with this split or the plan's own; every number in it is its
+    token's slot."""
+    forced = "auto" if split is None or offload != "all" else str(split)
+    request = scheduler.Request(split=forced, offload=offload, tail_tokens=TAIL, recompute="project")
     workload = scheduler.Workload(BATCH, PROMPT, 1000)
-    plan = scheduler.make_plan(CONFIG, jnp.dtype("float32"), workload, request, profile(), 2**34, 2**34)
+    plan = scheduler.make_plan(CONFIG, jnp.dtype("float32"), workload, request, machine, 2**34, 2**34)
     plan = dataclasses.replace(plan, tail_tokens=TAIL)
-    slots = jnp.arange(PROMPT)
+    slots, split = jnp.arange(PROMPT), plan.split
     held = [filled(Activations, slots[:split])] if split else []
     held += [filled(KeysValues, slots[split:])] if split < PROMPT else []
     place = memory.to_host if plan.offloaded else memory.placed
@@ -83,6 +87,39 @@ def test_segments_grow_with_the_logarithm_of_the_tokens_and_lose_none(split):
             assert memory.on_host(segment)
             first = segment.x[..., 0] if isinstance(segment, Activations) else segment.keys[..., 0, 0]
             np.testing.assert_array_equal(first, np.broadcast_to(np.asarray(segment.slots), first.shape))
+
+
+def test_a_link_that_stays_slow_is_told_once_and_later_tails_are_smaller():
+    """Keys and values at first, since projecting is dear here. Behind the next tail, which may be compiled for already,
+    what was measured says otherwise."""
+    dear = profile(base_s=0.0, keys_values_token_s=1e-9, project_token_s=1e-3, dispatch_s=0.0, issue_s=0.0)
+    cache = new_cache(None, machine=dear)
+    grow(cache, 2)
+    assert cache.plan.split == 0 and cache.tokens()["activations"] == 0 and isinstance(cache.tails[0], KeysValues)
+    link_s = CONFIG.num_layers * cache.plan.costs.link_s(0, PROMPT + 2 * TAIL)
+    assert cache.predicted_step_s == pytest.approx(
+        link_s + cache.plan.costs.compute_s(0, PROMPT + 3 * TAIL, "project") + dear.head_s
+    )
+    slow_s = cache.predicted_step_s + 2 * CONFIG.num_layers
+    for _ in range(3 * STEPS):
+        cache.observe(slow_s)
+    told = cache.miss
+    assert f"take {slow_s * 1e3:.2f} ms" in told and "copies to the device must be slower" in told
+    grow(cache, 1)
+    assert isinstance(cache.tails[0], KeysValues)
+    grow(cache, 1)
+    assert isinstance(cache.tails[0], Activations)
+    for _ in range(STEPS):
+        cache.observe(2 * cache.predicted_step_s)
+    assert cache.miss is told
+
+
+@pytest.mark.parametrize("split, offload", [(0, "all"), (None, "none")])
+def test_nothing_is_said_where_nothing_can_be_revised(split, offload):
+    cache = new_cache(split, offload)
+    for _ in range(2 * STEPS):
+        cache.observe(10 * cache.predicted_step_s)
+    assert cache.miss is None
 
 
 def test_bytes_are_those_of_the_segments_on_the_host():

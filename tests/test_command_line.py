@@ -161,7 +161,7 @@ def test_the_plan_is_printed_and_nothing_is_run(run, monkeypatch, directory, cou
     assert (result.code, result.err) == (0, "")
     plan, blank, heading, _, *table = result.out.splitlines()
     assert plan.startswith(f"plan: of {count} prompt tokens, 3 on the host as activations") and not blank
-    assert heading == "| split | recompute | link (ms) | compute (ms) | step (ms) |  |"
+    assert heading == "| split | recompute | link (ms) | compute (ms) | step (ms) | on the host (GiB) |  |"
     (chosen,) = [row for row in table if "<- the plan" in row]
     told = one_object(run("--prompt", PROMPT, "--plan", "--split", "3", "--json").out)
     assert list(told) == ["model", "plan", "candidates"] and told["model"] == str(directory)

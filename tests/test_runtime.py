@@ -2,6 +2,7 @@
 
 import collections
 import gc
+import time
 import weakref
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from helpers import CONFIGS, GQA, LLAMA, OPT, assert_close, greedy, random_model, random_prompts
-from kvpr_jax import engines, memory, runtime, steps
+from kvpr_jax import compiling, engines, memory, runtime, steps
 from kvpr_jax.models import llama, opt
 from kvpr_jax.runtime import Decoder
 from kvpr_jax.scheduler import Request
@@ -285,6 +286,7 @@ def test_only_the_first_step_compiles(split, small_bytes, monkeypatch, caplog):
     plan = decoder.plan(prompts, 50, Request(split=split, tail_tokens=8))
     cache, logits = decoder.prefill(prompts, plan)
     compiled = []
+    assert cache.recompiled == 0
     for _ in range(49):
         caplog.clear()
         with jax.log_compiles():  # of this thread
@@ -295,16 +297,48 @@ def test_only_the_first_step_compiles(split, small_bytes, monkeypatch, caplog):
             cache.preparing.result()  # as there is time for in a step that takes long
     assert cache.flushes == plan.flushes == 6
     assert compiled == [True] + [False] * 48
+    assert cache.recompiled == 0 and cache.longest_wait_s < 0.05
+
+
+def test_what_a_step_compiles_itself_is_counted(monkeypatch):
+    """Without the thread: each flush changes the layer step, and the second one brings the first tail of its form."""
+    jax.clear_caches()
+    monkeypatch.setattr(Decoder, "_prepare", lambda self, cache, h: None)
+    decoder = Decoder(random_model(OPT))
+    _, _, cache, plan = greedy(decoder, random_prompts((13, 7), OPT.vocab_size), 25, Request(split="6", tail_tokens=8))
+    assert plan.flushes == 2 and cache.recompiled == 2 + 1
+
+
+def test_a_step_that_waits_for_its_compilation_says_so(monkeypatch):
+    monkeypatch.setattr(Decoder, "_prepare", lambda self, cache, h: time.sleep(0.5))
+    decoder = Decoder(random_model(OPT))
+    _, _, cache, _ = greedy(decoder, random_prompts((13, 7), OPT.vocab_size), 10, Request(split="6", tail_tokens=8))
+    assert 0.1 < cache.longest_wait_s < 0.6
+
+
+def test_a_plan_knows_what_has_been_compiled():
+    """All in one process: the second request would rather have another split, but has few steps for it."""
+    decoder = Decoder(random_model(OPT))
+    prompts = random_prompts((32, 9), OPT.vocab_size)
+    auto = Request(offload="all", tail_tokens=8)
+    assert decoder.plan(prompts, 3, auto).split == 0
+    greedy(decoder, prompts, 3, Request(split="16", tail_tokens=8))
+    assert decoder.plan(prompts, 3, auto).split == 16
+    assert Decoder(random_model(OPT)).plan(prompts, 3, auto).split == 0
 
 
 def test_a_run_that_ends_early_compiles_nothing_in_vain(monkeypatch):
     prepared = []
-    monkeypatch.setattr(Decoder, "_prepare", lambda self, cache, h: prepared.append(cache.length))
+
+    class Thread:
+        def submit(self, _, cache, h):
+            prepared.append(cache.length)
+
+    monkeypatch.setattr(compiling, "BACKGROUND", Thread())
     decoder = Decoder(random_model(OPT))
     prompts = random_prompts((13,), OPT.vocab_size)
     for new, lengths in ((9, []), (10, [13 + 2]), (25, [13 + 2, 13 + 10])):
         greedy(decoder, prompts, new, Request(split="6", tail_tokens=8))
-        runtime.BACKGROUND.submit(int).result()  # behind all that was begun
         assert prepared == lengths
         prepared.clear()
 

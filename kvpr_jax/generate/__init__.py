@@ -75,6 +75,9 @@ class Statistics:
         decode_s: from then until the last tokens are known.
         decode_steps: steps in that time.
         link_bytes: bytes fetched from the host in those steps.
+        recompiled: functions that steps behind the first one had to compile.
+        longest_wait_s: the longest that one of them waited for what was being compiled in the background.
+        miss: what was said of steps that took longer than predicted for long; None if they did not.
         peak_device_bytes: of the device since the process began; None on a CPU.
         peak_host_bytes: of the process.
     """
@@ -86,6 +89,9 @@ class Statistics:
     decode_s: float = 0.0
     decode_steps: int = 0
     link_bytes: int = 0
+    recompiled: int = 0
+    longest_wait_s: float = 0.0
+    miss: str | None = None
     peak_device_bytes: int | None = None
     peak_host_bytes: int = 0
 
@@ -157,8 +163,11 @@ def token_steps(
     tokens, index = steps.sample(logits, keys, index, sampling)
     yield np.asarray(tokens), cache
     for _ in range(1, max_new_tokens):
+        begin = time.perf_counter()
         tokens, index = steps.sample(decoder.step(cache, tokens), keys, index, sampling)
-        yield np.asarray(tokens), cache
+        known = np.asarray(tokens)
+        cache.observe(time.perf_counter() - begin)
+        yield known, cache
 
 
 class _Writer:
@@ -247,7 +256,8 @@ class Stream:
             if first is None:
                 first, statistics.prefill_s = now, now - begin
             statistics.decode_s, statistics.decode_steps = now - first, step
-            statistics.link_bytes = cache.fetched_bytes
+            statistics.link_bytes, statistics.miss = cache.fetched_bytes, cache.miss
+            statistics.recompiled, statistics.longest_wait_s = cache.recompiled, cache.longest_wait_s
             statistics.peak_device_bytes = memory.peak_device_bytes()
             statistics.peak_host_bytes = memory.peak_host_bytes()
             for index, (writer, token) in enumerate(zip(writers, row.tolist(), strict=True)):

@@ -24,6 +24,7 @@ from kvpr_jax.command_line import (
     run,
 )
 from kvpr_jax.generate import Output, Stream, Until, encode
+from kvpr_jax.profiling import profile
 from kvpr_jax.profiling.report import table
 from kvpr_jax.runtime import Decoder, plan_for, workload_of
 from kvpr_jax.sampling import Sampling
@@ -121,7 +122,9 @@ def explained(plan: Plan, considered: Sequence[Candidate]) -> str:
             "link (ms)": milliseconds(each.link_s),
             "compute (ms)": milliseconds(each.compute_s),
             "step (ms)": milliseconds(each.step_s),
-            "": "<- the plan" if (each.split, each.recompute) == (plan.split, plan.recompute) else "",
+            "on the host (GiB)": f"{each.cache_bytes / memory.GIB:.3f}",
+            "": "<- the plan" if (each.split, each.recompute) == (plan.split, plan.recompute)
+            else "does not fit" if each.cache_bytes > plan.host_limit_bytes else "",
         }
         for each in considered
     ])  # fmt: skip
@@ -135,6 +138,7 @@ def summary(stream: Stream) -> str:
         f"prompt: {s.prompt_tokens} tokens, {s.prompt_tokens_per_s:.1f} tokens/s | "
         f"generation: {s.new_tokens} tokens, {s.new_tokens_per_s:.1f} tokens/s | "
         f"link: {s.link_bytes / 1e6:.1f} MB, {s.link_gb_per_s:.3f} GB/s | "
+        f"recompiled: {s.recompiled}, longest wait {s.longest_wait_s * 1e3:.1f} ms | "
         f"peak memory: {device}host {s.peak_host_bytes / memory.GIB:.2f} GiB"
     )
 
@@ -184,10 +188,11 @@ def execute(arguments: argparse.Namespace) -> int:
     dtype = jnp.dtype(arguments.dtype or checkpoint.default_dtype(hf))
     if not arguments.ignore_eos:
         until = dataclasses.replace(until, eos_token_ids=frozenset(config.eos_token_ids))
-    with failing_with(USAGE), report.console.status("Planning (the first time for a model and batch, by measuring)"):
+    with failing_with(USAGE), report.bar("Measuring this machine, once for a model and batch") as progress:
         ids = encode(tokenizer, prompts, arguments.chat)
         workload = workload_of(ids, until.max_new_tokens, config)
-        plan = plan_for(config, dtype, workload, request, checkpoint.weights_bytes(config, dtype))
+        measured = profile.load_or_measure(config, dtype, workload.batch, progress)
+        plan = plan_for(config, dtype, workload, request, checkpoint.weights_bytes(config, dtype), measured)
     result = {"model": arguments.model, "plan": plan.as_dict()}
     if arguments.plan:
         considered = candidates(plan)
@@ -218,6 +223,8 @@ def execute(arguments: argparse.Namespace) -> int:
     else:
         outputs = [dataclasses.asdict(output) for output in stream.outputs]
         print(json.dumps(result | {"outputs": outputs, "stats": stream.statistics.as_dict()}))
+    if stream.statistics.miss:
+        report.note(stream.statistics.miss)
     report.note(summary(stream))
     return INTERRUPTED if interrupted else 0
 

@@ -1,0 +1,62 @@
+"""Steps that are slower than predicted for long are noticed, and the cost model learns from them."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import OPT, profile
+from kvpr_jax.costs import Costs
+from kvpr_jax.pace import SLOW, STEPS, Pace
+
+
+def misses(pace: Pace, times: list[float]) -> list[float]:
+    """What is said of steps that take so many times their prediction."""
+    return [found for each in times if (found := pace.lasting_miss(0.01 * each, 0.01)) is not None]
+
+
+def test_a_miss_is_one_that_lasts():
+    pace = Pace()
+    assert misses(pace, [1.0] * 100 + [50.0] * (STEPS // 2 - 1) + [1.0] * 100) == []
+    assert misses(pace, [SLOW - 0.01] * 100) == []
+    assert misses(pace, [2.0] * (STEPS // 2)) == []  # as many were as predicted
+    assert misses(pace, [2.0]) == [2.0]
+
+
+def test_counting_begins_anew_behind_a_miss():
+    pace = Pace()
+    assert misses(pace, [3.0] * STEPS) == [3.0]
+    assert misses(pace, [3.0] * (STEPS - 1)) == [] and misses(pace, [3.0]) == [3.0]
+
+
+def test_fast_steps_may_be_those_of_a_slow_reader():
+    assert misses(Pace(), [0.1] * (3 * STEPS)) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    activations=st.integers(0, 2000),
+    keys_values=st.integers(1, 2000),
+    resident=st.integers(0, 2000),
+    bandwidth=st.floats(1e6, 1e12),
+    dispatch_s=st.floats(0.0, 1e-3),
+    times=st.floats(1.25, 40.0),
+    recompute=st.sampled_from(["project", "absorb"]),
+    engine=st.sampled_from(["overlapped", "sequential"]),
+)
+def test_slowed_costs_predict_what_was_measured(
+    activations, keys_values, resident, bandwidth, dispatch_s, times, recompute, engine
+):
+    machine = profile(to_device=[(2**16, 2**16 / bandwidth), (2**24, 2**24 / bandwidth)], dispatch_s=dispatch_s)
+    costs, held = Costs(OPT, 4, 2, machine), (activations, keys_values, resident, recompute, engine)
+    measured_s = times * costs.step_s(*held)
+    slowed, blamed = costs.slowed(*held, step_s=measured_s)
+    assert slowed.step_s(*held) == pytest.approx(measured_s, rel=1e-6)
+    sides = {
+        "copies to the device": lambda c: c.link_s(activations, keys_values),
+        "compute": lambda c: c.compute_s(activations, keys_values + resident, recompute),
+    }
+    if engine == "overlapped":
+        sides["issuing"] = lambda c: c.issue_s(activations, keys_values)
+    assert blamed == max(sides, key=lambda side: sides[side](costs))
+    for side, seconds in sides.items():  # the others are as they were
+        assert (seconds(slowed) > 1.01 * seconds(costs)) == (side == blamed)
