@@ -11,8 +11,8 @@ from kvpr_jax._version import __version__
 memory.allow_pinned_memory()  # before JAX starts its backend
 
 from kvpr_jax.generate import Output, Stream, generate, load, stream  # noqa: E402
+from kvpr_jax.plan import Plan, Request  # noqa: E402
 from kvpr_jax.runtime import Decoder  # noqa: E402
 from kvpr_jax.sampling import Sampling  # noqa: E402
-from kvpr_jax.scheduler import Plan, Request  # noqa: E402
 
 __all__ = ["Decoder", "Output", "Plan", "Request", "Sampling", "Stream", "__version__", "generate", "load", "stream"]

@@ -22,7 +22,7 @@ from kvpr_jax import memory, steps
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.engines import InStep, Overlapped, Resident, Sequential, engine_for
 from kvpr_jax.pace import Pace
-from kvpr_jax.scheduler import Plan
+from kvpr_jax.plan import Plan
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
 Join = Callable[[tuple[Segment, ...]], Segment]

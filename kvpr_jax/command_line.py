@@ -21,8 +21,8 @@ from rich.progress import (
 )
 
 from kvpr_jax.engines import Engine
+from kvpr_jax.plan import OffloadMode, Request
 from kvpr_jax.profiling import profile
-from kvpr_jax.scheduler import OffloadMode, Request
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 

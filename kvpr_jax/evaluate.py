@@ -47,8 +47,8 @@ from kvpr_jax.command_line import (
 )
 from kvpr_jax.generate import Progress, Tokenizer, encode
 from kvpr_jax.models import Model
+from kvpr_jax.plan import Plan, Request
 from kvpr_jax.runtime import Decoder
-from kvpr_jax.scheduler import Plan, Request
 
 BATCH = 8  # windows at a time
 MOST_NATS = 700  # whose exponential is still a float

@@ -14,9 +14,9 @@ from kvpr_jax.cache import Cache
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.models import Model
 from kvpr_jax.models.attention import Recompute
+from kvpr_jax.plan import Plan, Request, Workload
 from kvpr_jax.profiling import profile
 from kvpr_jax.profiling.profile import Profile
-from kvpr_jax.scheduler import Plan, Request, Workload
 from kvpr_jax.segments import Place, Segment
 
 PREPARE_AT = 0.25  # of the tail written: runs that end early compile nothing in vain, others are ready in time

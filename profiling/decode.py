@@ -27,9 +27,9 @@ from kvpr_jax.cache import Cache
 from kvpr_jax.command_line import FAILURE, Parser, Reporter, failing_with
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.models import Model, released
+from kvpr_jax.plan import Plan, Request
 from kvpr_jax.profiling import link, matmul, plot, profile, report, timing
 from kvpr_jax.runtime import Decoder
-from kvpr_jax.scheduler import Plan, Request
 
 
 def shape(model: str, layers: int | None) -> ModelConfig:

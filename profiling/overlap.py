@@ -24,8 +24,8 @@ from typing import IO, Any
 from kvpr_jax import checkpoint
 from kvpr_jax.command_line import FAILURE, Failure, Parser, Reporter, failing_with, run
 from kvpr_jax.models import opt
+from kvpr_jax.plan import Request
 from kvpr_jax.profiling import decode, plot, profile, report, timeline
-from kvpr_jax.scheduler import Request
 
 TAIL_TOKENS = 64  # on the device, half of them written
 WARM_UP, TRIALS = 2, 7

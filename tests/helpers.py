@@ -12,9 +12,9 @@ from kvpr_jax import engines
 from kvpr_jax.cache import Cache
 from kvpr_jax.models import Model, llama, opt
 from kvpr_jax.models.positions import Rope
+from kvpr_jax.plan import Plan, Request
 from kvpr_jax.profiling.profile import Profile
 from kvpr_jax.runtime import Decoder
-from kvpr_jax.scheduler import Plan, Request
 
 # Largest error of logits against a float32 reference, relative to the largest logit, by dtype.
 TOLERANCE = {"float32": 5e-5, "bfloat16": 5e-2, "float16": 1e-2}

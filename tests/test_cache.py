@@ -11,6 +11,7 @@ from helpers import OPT, profile
 from kvpr_jax import memory, scheduler
 from kvpr_jax.cache import MERGE, Cache
 from kvpr_jax.pace import STEPS
+from kvpr_jax.plan import Request, Workload
 from kvpr_jax.profiling.profile import Profile
 from kvpr_jax.segments import Activations, KeysValues
 
@@ -22,8 +23,8 @@ def new_cache(split: int | None, offload: str = "all", machine: Profile = profil
     """The cache after a prompt of `PROMPT` tokens, with this split or the plan's own; every number in it is its
     token's slot."""
     forced = "auto" if split is None or offload != "all" else str(split)
-    request = scheduler.Request(split=forced, offload=offload, tail_tokens=TAIL, recompute="project")
-    workload = scheduler.Workload(BATCH, PROMPT, 1000)
+    request = Request(split=forced, offload=offload, tail_tokens=TAIL, recompute="project")
+    workload = Workload(BATCH, PROMPT, 1000)
     plan = scheduler.make_plan(CONFIG, jnp.dtype("float32"), workload, request, machine, 2**34, 2**34)
     plan = dataclasses.replace(plan, tail_tokens=TAIL)
     slots, split = jnp.arange(PROMPT), plan.split

@@ -11,8 +11,8 @@ import pytest
 
 from helpers import assert_close, each_engine, greedy
 from kvpr_jax import checkpoint, costs
+from kvpr_jax.plan import Request
 from kvpr_jax.runtime import Decoder
-from kvpr_jax.scheduler import Request
 
 GOLDEN = Path(__file__).parent / "golden"
 EDGE, PROMPT = 16, 18  # the bucket edge within the longest prompt, and its length

@@ -17,9 +17,9 @@ import kvpr_jax
 from helpers import assert_close, each_engine, greedy
 from kvpr_jax import checkpoint, costs, evaluate, steps
 from kvpr_jax.models import Model
+from kvpr_jax.plan import Request
 from kvpr_jax.runtime import Decoder
 from kvpr_jax.sampling import Sampling, allowed, prompt_keys
-from kvpr_jax.scheduler import Request
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers on torch: pip install -e '.[test,oracle]'")
 

@@ -13,8 +13,8 @@ import pytest
 from helpers import CONFIGS, GQA, LLAMA, OPT, assert_close, greedy, random_model, random_prompts
 from kvpr_jax import compiling, engines, memory, runtime, steps
 from kvpr_jax.models import llama, opt
+from kvpr_jax.plan import Request
 from kvpr_jax.runtime import Decoder
-from kvpr_jax.scheduler import Request
 
 LENGTHS = (13, 7, 1)  # ragged: padded on the left
 NEW = 12

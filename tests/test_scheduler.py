@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from helpers import GQA, LLAMA, OPT, profile
 from kvpr_jax import memory, scheduler
 from kvpr_jax.costs import Costs, buckets
-from kvpr_jax.scheduler import Request, Workload, make_plan
+from kvpr_jax.plan import Request, Workload
+from kvpr_jax.scheduler import make_plan
 
 GIB = memory.GIB
 FLOAT32 = jnp.dtype("float32")

@@ -14,9 +14,9 @@ import transformers
 from kvpr_jax import checkpoint, memory, steps
 from kvpr_jax.cache import Cache
 from kvpr_jax.models import Model
+from kvpr_jax.plan import Plan, Request
 from kvpr_jax.runtime import Decoder
 from kvpr_jax.sampling import Sampling, prompt_keys
-from kvpr_jax.scheduler import Plan, Request
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 Progress = Callable[[int, int], None]

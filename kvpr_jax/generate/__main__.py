@@ -24,11 +24,12 @@ from kvpr_jax.command_line import (
     run,
 )
 from kvpr_jax.generate import Output, Stream, Until, encode
+from kvpr_jax.plan import Plan
 from kvpr_jax.profiling import profile
 from kvpr_jax.profiling.report import table
 from kvpr_jax.runtime import Decoder, plan_for, workload_of
 from kvpr_jax.sampling import Sampling
-from kvpr_jax.scheduler import Candidate, Plan, candidates
+from kvpr_jax.scheduler import Candidate, candidates
 
 DEFAULT_PROMPT = "Open a file and"
 DEMONSTRATION = shlex.split("--offload all --split 50% --temperature 0.6 --top-p 0.9 --max-new-tokens 200")

@@ -1,0 +1,196 @@
+"""What is asked of a plan, and the plan: how the cache is held and used, from the prompt to the last token."""
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+from kvpr_jax.costs import Costs
+from kvpr_jax.engines import Engine
+from kvpr_jax.models.attention import Recompute
+
+OffloadMode = Literal["auto", "all", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asks of the plan; `auto` leaves it to the scheduler.
+
+    Attributes:
+        split: "auto", tokens ("96") or a share of the prompt ("75%") to hold as activations.
+        recompute: how activations are used: "project", "absorb" or "auto".
+        engine: "overlapped", or "sequential": copy, wait, compute, wait.
+        offload: "all" of the cache on the host, "none", or "auto": what the device cannot hold.
+        device_cache_gib: GiB of device memory for the cache; None: what is free.
+        host_cache_gib: GiB of host memory for the cache, at most; None: what is free.
+        tail_tokens: new tokens gathered on the device before they are flushed; None: by size.
+        prefill_tokens: bound on tokens of a chunk of sequences in prefill, and of the queries of one sequence.
+    """
+
+    split: str = "auto"
+    recompute: Literal["auto", "project", "absorb"] = "auto"
+    engine: Engine = "overlapped"
+    offload: OffloadMode = "auto"
+    device_cache_gib: float | None = None
+    host_cache_gib: float | None = None
+    tail_tokens: int | None = None
+    prefill_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("recompute", ("auto", *get_args(Recompute))),
+            ("engine", get_args(Engine)),
+            ("offload", get_args(OffloadMode)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        if self.split != "auto":
+            self._parse_split()
+            if self.offload == "none":
+                raise ValueError(f"split {self.split} needs the cache on the host; offload none keeps it on the device")
+        for name in ("tail_tokens", "prefill_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        for name in ("device_cache_gib", "host_cache_gib"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1e9:
+                raise ValueError(f"{name.replace('_', '-')} {value} must be 0 or more, and below 1e9")
+        if self.device_cache_gib is not None and (self.offload != "auto" or self.split != "auto"):
+            raise ValueError(
+                f"device-cache-gib {self.device_cache_gib} goes with offload auto and split auto; "
+                "the others say themselves what the device holds"
+            )
+
+    def _parse_split(self) -> tuple[float | int, bool]:
+        """The number, and whether it is a percentage."""
+        text, percent = self.split.strip().removesuffix("%"), self.split.strip().endswith("%")
+        try:
+            number = float(text) if percent else int(text)
+        except ValueError:
+            raise ValueError(f"split {self.split!r} must be auto, a number of tokens or a percentage") from None
+        if percent and not 0 <= number <= 100:
+            raise ValueError(f"split {self.split} must be from 0% to 100%")
+        if number < 0:
+            raise ValueError(f"split {self.split} must be 0 or more")
+        return number, percent
+
+    def split_tokens(self, prompt_tokens: int) -> int | None:
+        """The forced l for a prompt of S tokens, or None for auto."""
+        if self.split == "auto":
+            return None
+        number, percent = self._parse_split()
+        split = round(prompt_tokens * number / 100) if percent else int(number)
+        if split > prompt_tokens:
+            raise ValueError(f"split {self.split} is more than the prompt's {prompt_tokens} tokens")
+        return split
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """The run that is planned: B sequences of S (padded) prompt tokens, and new tokens for each."""
+
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens a sequence has in the cache at the end: the last new token is never fed back."""
+        return self.prompt_tokens + max(0, self.new_tokens - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the runtime carries out.
+
+    Attributes:
+        batch: B.
+        split: l, tokens of the prompt held as activations on the host.
+        cached_tokens: S.
+        resident_tokens: the prompt's last tokens that stay on the device, as keys and values.
+        resident_flushes: full tails that stay there too, before the first one that goes to the host.
+        offloaded: whether any of the cache goes to the host; otherwise full tails stay on the device too.
+        recompute, engine: see `Request`.
+        activation_share: part of the host's tokens held as activations at the beginning.
+        forced: whether the user chose that share, which new segments then keep.
+        tail_tokens: T of the tail.
+        flushes: full tails that become segments during the run.
+        prefill_sequences, prefill_queries: sequences of a chunk, and tokens of one that pass a layer at a time.
+        host_bytes: host memory of the cache at the end of the run.
+        host_limit_bytes: what it may become, whatever is revised on the way.
+        device_bytes: device memory beside the weights.
+        host_bytes_per_step: bytes that cross the link in the first decode step.
+        predicted_step_s: the first decode step.
+        reason: why this split, in a sentence.
+        costs: the cost model that it was chosen by.
+    """
+
+    batch: int
+    split: int
+    cached_tokens: int
+    resident_tokens: int
+    resident_flushes: int
+    offloaded: bool
+    recompute: Recompute
+    engine: Engine
+    activation_share: float
+    forced: bool
+    tail_tokens: int
+    flushes: int
+    prefill_sequences: int
+    prefill_queries: int
+    host_bytes: int
+    host_limit_bytes: int
+    device_bytes: int
+    host_bytes_per_step: int
+    predicted_step_s: float
+    reason: str
+    costs: Costs = dataclasses.field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the cost model, for reports."""
+        shown = [field.name for field in dataclasses.fields(self) if field.name != "costs"]
+        return {name: getattr(self, name) for name in shown}
+
+    def step_s(self, activations: int, keys_values: int, resident: int) -> float:
+        """A decode step over tokens held on the host in each form and tokens on the device, in seconds."""
+        return self.costs.step_s(activations, keys_values, resident, self.recompute, self.engine)
+
+    @property
+    def step_shape(self) -> tuple[Any, ...]:
+        """What the first step's compiled function depends on, for one model."""
+        held = self.split, self.cached_tokens, self.resident_tokens, self.offloaded, self.tail_tokens
+        return self.batch, *held, self.recompute, self.engine
+
+    def slowed(self, activations: int, keys_values: int, resident: int, step_s: float) -> tuple["Plan", str]:
+        """The plan with costs by which a step over these tokens takes `step_s`, and what they blame."""
+        costs, blamed = self.costs.slowed(activations, keys_values, resident, self.recompute, self.engine, step_s)
+        return dataclasses.replace(self, costs=costs), blamed
+
+    def holds_activations_next(self, activations: int, keys_values: int, resident: int, left: int) -> bool:
+        """Whether a new tail is to be held as activations, once it is on the host beside so many tokens of each form.
+
+        A forced share is kept. Otherwise the form with which a step takes less time, as far as host memory allows:
+        keys and values only if all the tails behind it still fit as activations.
+
+        Args:
+            resident: tokens on the device.
+            left: tails that will go to the host behind this one.
+        """
+        tail = self.tail_tokens
+        if self.forced or not self.costs.config.activations_are_smaller:
+            return self.activation_share * (activations + keys_values + tail) - activations >= tail / 2
+        smaller, larger = (activations + tail, keys_values, resident), (activations, keys_values + tail, resident)
+        if self.costs.cache_bytes(activations + left * tail, keys_values + tail) > self.host_limit_bytes:
+            return True
+        return self.step_s(*smaller) <= self.step_s(*larger)
+
+    def on_host_at_the_end(self) -> tuple[int, int]:
+        """Tokens of a layer held as activations and as keys and values on the host when all tails are flushed."""
+        activations = self.split
+        keys_values = self.cached_tokens - self.resident_tokens - self.split
+        resident = self.resident_tokens + self.resident_flushes * self.tail_tokens
+        for left in reversed(range(self.flushes - self.resident_flushes)):
+            if self.holds_activations_next(activations, keys_values, resident, left):
+                activations += self.tail_tokens
+            else:
+                keys_values += self.tail_tokens
+        return activations, keys_values
