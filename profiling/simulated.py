@@ -102,7 +102,7 @@ The figures of the H200 invert the formulas for the profile in each report of th
   cache on the host, since no step is faster than the host issues it: an upper bound, which matters only where model,
   batch or prompt are small.
 - Absorbed activations spread most, and are slowest in small batches. Where the link is slow beside the device's memory,
-  as on the H200, this hides behind the copies; on an L4 it would not.
+  as on the H200, this hides behind the copies; the lowest of these shares, on an L4, would not.
 
 ### Synthetic
 
