@@ -276,18 +276,45 @@ def path_of(key: dict[str, str]) -> Path:
 def read(path: Path, key: dict[str, str]) -> Profile | None:
     """The stored profile, or None where there is none, it is damaged, or it describes something else."""
     try:
-        fields: dict[str, Any] = json.loads(path.read_text())
-        if fields["machine"] != key or set(fields) != {f.name for f in dataclasses.fields(Profile)}:
-            return None
-        copies = get_args(link.Way)
-        for way in copies:
-            fields[way] = [(int(size), _seconds(seconds)) for size, seconds in fields[way]]
-        for name in set(fields) - {"machine", *copies}:
-            fields[name] = _seconds(fields[name])
-        usable = all(fields[way] and all(min(copy) > 0 for copy in fields[way]) for way in copies)
-        return Profile(**fields) if usable else None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        profile = parsed(json.loads(path.read_text()))
+    except (OSError, ValueError):
         return None
+    return profile if profile.machine == key else None
+
+
+def parsed(fields: Any) -> Profile:
+    """The profile that a JSON file holds.
+
+    Raises:
+        ValueError: a field is missing, foreign or of no use; names it.
+    """
+    check_names(Profile, fields)
+    values, name = dict(fields), "machine"
+    try:
+        if not all(isinstance(value, str) for value in values[name].values()):
+            raise ValueError("texts are wanted")
+        for name in get_args(link.Way):
+            values[name] = [(int(size), _seconds(seconds)) for size, seconds in values[name]]
+            if not values[name] or min(map(min, values[name])) <= 0:
+                raise ValueError("copies take bytes and seconds")
+        for name in {field.name for field in dataclasses.fields(Profile) if field.type is float}:
+            values[name] = _seconds(values[name])
+    except (AttributeError, ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{name} {fields[name]!r} is of no use: {error}") from error
+    return Profile(**values)
+
+
+def check_names(of: type, fields: Any) -> None:
+    """Raises ValueError if what a JSON file holds has not just the fields of a dataclass; names those."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"a {of.__name__} is a JSON object, not {fields!r}")
+    there, wanted = set(fields), {field.name for field in dataclasses.fields(of)}
+    if there != wanted:
+        parts = {"lacks": wanted - there, "has no use for": there - wanted}
+        raise ValueError(
+            f"a {of.__name__} "
+            + " and ".join(f"{how} {', '.join(sorted(names))}" for how, names in parts.items() if names)
+        )
 
 
 def _seconds(value: Any) -> float:

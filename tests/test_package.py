@@ -102,6 +102,12 @@ def test_the_bundled_model_is_inside_whole(source, files):
     assert sum(path.stat().st_size for path in (source / "models/tiny").iterdir()) <= 8 * 10**6
 
 
+def test_the_simulated_devices_are_inside(source, files):
+    devices = {f"kvpr_jax/profiling/devices/{path.name}": path for path in (source / "profiling/devices").iterdir()}
+    assert "kvpr_jax/profiling/devices/nvidia-h200.json" in devices
+    assert {name: files[name] for name in devices} == {name: sha256(path) for name, path in devices.items()}
+
+
 def test_the_metadata_is_the_projects(built):
     with zipfile.ZipFile(built[0]) as archive:
         folder = f"kvpr_jax-{__version__}.dist-info/"

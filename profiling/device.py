@@ -1,0 +1,173 @@
+"""A device by what it achieves: a machine profile for any model and batch, with nothing measured on it.
+
+A decode step is a roofline. With B sequences, the symbols of the design page and `n` bytes a number, one token that
+each sequence has in the cache adds to a layer's step
+
+    keys and values   2·B·K·d·n / keys_values_bytes_per_s
+    project           4·B·D·K·d / flops_per_s + the above: both are formed again, then attended to
+    absorb            2·B·D·K·p / flops_per_s + B·K·p·n / keys_values_bytes_per_s + r·B·D·n / activations_bytes_per_s
+
+where p are the dimensions of a head's keys that must be projected (`Attention.projected_dims`: all in Llama, none in
+OPT) and r says how often activations are read: for values, and for scores too unless p = d. Apart from the cache
+
+    a layer           layer_s + max(weights / weights_bytes_per_s, 2·B·parameters / flops_per_s)
+    the head          head_s + V·width·n / weights_bytes_per_s
+    a copy            bytes / link_bytes_per_s
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kvpr_jax.config import ModelConfig
+from kvpr_jax.models import Model, abstract
+from kvpr_jax.profiling import link, profile
+from kvpr_jax.profiling.profile import Profile
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a device achieves, in bytes, floating-point operations and seconds.
+
+    Attributes:
+        name: as NVIDIA calls it.
+        synthetic: whether nothing of it was measured.
+        source: where the figures are from.
+        memory_bytes: of the device.
+        link_bytes_per_s: of large copies from pinned host memory.
+        flops_per_s: of 16-bit matrix products that sum in float32.
+        weights_bytes_per_s: at which a decode step reads weights.
+        keys_values_bytes_per_s: at which it attends to keys and values.
+        activations_bytes_per_s: at which it attends to activations without forming keys or values.
+        layer_s: what a layer's step takes beside reading its weights.
+        head_s: what surrounds the layers in a step, beside reading the head's weights.
+        dispatch_s, issue_s: what the host needs to issue a layer's step, and a copy.
+        compile_s: tracing and compiling one layer step.
+    """
+
+    name: str
+    synthetic: bool
+    source: str
+    memory_bytes: int
+    link_bytes_per_s: float
+    flops_per_s: float
+    weights_bytes_per_s: float
+    keys_values_bytes_per_s: float
+    activations_bytes_per_s: float
+    layer_s: float
+    head_s: float
+    dispatch_s: float
+    issue_s: float
+    compile_s: float
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "memory_bytes" or field.name.endswith("_per_s"):
+                if not 0 < value < math.inf:
+                    raise ValueError(f"{field.name} {value} must be above 0 and finite")
+            elif field.name.endswith("_s") and not 0 <= value < math.inf:
+                raise ValueError(f"{field.name} {value} must be 0 or more and finite")
+
+    def profile(self, config: ModelConfig, dtype: jnp.dtype, batch: int) -> Profile:
+        """What `profile.measure` would find on the device, by the formulas above.
+
+        Raises:
+            ValueError: a dtype whose products are not 16-bit.
+        """
+        itemsize = jnp.dtype(dtype).itemsize
+        if itemsize != 2:
+            raise ValueError(
+                f"dtype {jnp.dtype(dtype).name} must be bfloat16 or float16: {self.name} has no rates for others"
+            )
+        weights = Weights.of(config, dtype)
+        layer_flops_s = 2 * batch * weights.layer_bytes / itemsize / self.flops_per_s
+        base_s = self.layer_s + max(weights.layer_bytes / self.weights_bytes_per_s, layer_flops_s)
+        kv_numbers = batch * config.num_kv_heads * config.head_dim  # of keys; as many of values
+        keys_values_s = 2 * kv_numbers * itemsize / self.keys_values_bytes_per_s
+        formed_s = 2 * kv_numbers * config.hidden_size / self.flops_per_s  # keys; as long for values
+        share = weights.projected_dims / config.head_dim
+        reads_s = weights.reads * batch * config.hidden_size * itemsize / self.activations_bytes_per_s
+        copies = [(size, size / self.link_bytes_per_s) for size in link.SIZES]
+        return Profile(
+            machine={
+                "version": str(profile.VERSION),
+                "device": f"{self.name} (synthetic)" if self.synthetic else self.name,
+                "model": repr(config),
+                "dtype": jnp.dtype(dtype).name,
+                "batch": str(batch),
+            },
+            to_device=copies,
+            to_host=copies,
+            both=copies,  # PCIe carries both directions at once
+            base_s=base_s,
+            mlp_s=base_s * weights.mlp_bytes / weights.layer_bytes,
+            keys_values_token_s=keys_values_s,
+            project_token_s=2 * formed_s + keys_values_s,
+            absorb_token_s=share * (formed_s + keys_values_s / 2) + reads_s,
+            head_s=self.head_s + weights.head_bytes / self.weights_bytes_per_s,
+            dispatch_s=self.dispatch_s,
+            issue_s=self.issue_s,
+            compile_s=self.compile_s,
+        )
+
+
+def parsed(fields: Any) -> Device:
+    """The device that a JSON file holds.
+
+    Raises:
+        ValueError: a field is missing, foreign or of no use; names it.
+    """
+    profile.check_names(Device, fields)
+    values = dict(fields)
+    for field in dataclasses.fields(Device):
+        value = values[field.name]
+        if field.type is float and type(value) is int:
+            values[field.name] = float(str(value))  # one too large is infinite
+        elif type(value) is not field.type:
+            raise ValueError(f"{field.name} {value!r} must be of type {field.type.__name__}")
+    return Device(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What of a model's shape the formulas ask for, beside its config.
+
+    Attributes:
+        layer_bytes, mlp_bytes: of one layer, and of its MLP.
+        head_bytes: of what gives the logits.
+        model_bytes: of all weights.
+        projected_dims: dimensions of a head's keys that are formed even where the others are absorbed.
+        reads: how often `absorb` reads the activations.
+    """
+
+    layer_bytes: int
+    mlp_bytes: int
+    head_bytes: int
+    model_bytes: int
+    projected_dims: int
+    reads: int
+
+    @classmethod
+    @functools.cache
+    def of(cls, config: ModelConfig, dtype: jnp.dtype) -> "Weights":
+        model: Model = abstract(dataclasses.replace(config, num_layers=1), dtype)
+        layer = model.layers[0]
+        projected = layer.attention.projected_dims
+        return cls(
+            layer_bytes=_nbytes(layer),
+            mlp_bytes=_nbytes(layer.mlp),
+            head_bytes=_nbytes(model.embedder.tokens),  # the head is as large, where it is not the same
+            model_bytes=_nbytes(model.embedder) + config.num_layers * _nbytes(layer),
+            projected_dims=projected,
+            reads=1 if projected == config.head_dim else 2,
+        )
+
+
+def _nbytes(module: nnx.Module) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))

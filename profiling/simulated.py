@@ -1,0 +1,313 @@
+"""Plans for a GPU that is not there: `python -m kvpr_jax.profiling.simulated` says what each device would gain.
+
+    profile, memory_bytes = simulated.given("nvidia-l4", config, dtype, batch)     # what `--profile` takes
+
+`--write` derives the shipped devices from the committed measurements and datasheets, and writes them to devices/ with
+the page that says how far to trust them.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from kvpr_jax import checkpoint, command_line
+from kvpr_jax.command_line import FAILURE, Parser, failing_with
+from kvpr_jax.config import ModelConfig
+from kvpr_jax.costs import buckets
+from kvpr_jax.models.attention import Recompute
+from kvpr_jax.profiling import decode, derived, device, profile, report
+from kvpr_jax.profiling.device import Weights
+from kvpr_jax.profiling.profile import Profile
+from kvpr_jax.profiling.report import table
+from kvpr_jax.scheduler import Request, Workload, make_plan
+
+MODULE = "kvpr_jax.profiling.simulated"
+DEVICES = Path(__file__).with_name("devices")
+MODELS = ("opt-6.7b", "opt-13b", "opt-30b", "llama-2-7b", "llama-2-13b", "llama-3-8b")
+WAYS: tuple[Recompute, ...] = ("project", "absorb")
+UNLIMITED = 2**62  # bytes
+FIGURES = {  # what is shown of a device: heading, unit
+    "link_bytes_per_s": ("link (GB/s)", 1e9),
+    "flops_per_s": ("products (TFLOP/s)", 1e12),
+    "weights_bytes_per_s": ("weights (GB/s)", 1e9),
+    "keys_values_bytes_per_s": ("keys and values (GB/s)", 1e9),
+    "activations_bytes_per_s": ("absorbed activations (GB/s)", 1e9),
+    "layer_s": ("layer (ms)", 1e-3),
+    "head_s": ("head (ms)", 1e-3),
+    "dispatch_s": ("issuing a layer (ms)", 1e-3),
+    "issue_s": ("issuing a copy (ms)", 1e-3),
+    "compile_s": ("compiling (s)", 1.0),
+}
+MEASURED = {  # what is shown of a profile
+    "base_s": "layer",
+    "keys_values_token_s": "token as keys and values",
+    "project_token_s": "token, project",
+    "absorb_token_s": "token, absorb",
+    "head_s": "head",
+}
+
+HEADER = """\
+This page and the JSON files beside it are what `{command}` writes.
+
+# Simulated devices
+
+A plan follows from a model's shape, the workload and a machine profile. The profile can be that of a GPU that is not
+there: a file of this folder holds what a device achieves, and [device.py](../device.py) computes from it the profile of
+any model and batch, by the formulas at its head. One is measured; the others are **synthetic**: nobody has run kvpr_jax
+on them, and what they give is an estimate.
+
+## What each would gain
+
+Split and speed-up over streaming all of the cache (l = 0) as the plan chooses them, with each way to recompute, and as
+the paper's own formula has it over its own l = 0: the activations cross first, and are projected beside the rest
+(`Costs.two_phase_step_s`). Where the activations of a model are no smaller than its keys and values, as with grouped
+queries, all of the cache is streamed. Weights must fit the device, since only the cache is offloaded.
+
+{setting}:
+
+{gains}
+
+## What the devices achieve
+
+What [device.py](../device.py) takes. GB is 1e9 bytes, of memory too: a datasheet's GB may be more.
+
+{achieved}
+
+Sources:
+
+{sources}
+
+### Measured
+
+The figures of the H200 invert the formulas for the profile in each report of the decode benchmark in
+[results](../results/nvidia-h200/README.md), all in bfloat16, and are the medians of these:
+
+{inverted}
+
+- Reading weights: the time of a layer with an empty cache is a line through the bytes of a layer of all reports.
+- The link: large copies, which the benchmark measures beside the steps. In a step, copies are issued ahead and queue
+  one behind the other, so that one costs no more than its bytes. Issuing a copy: what the smallest one takes beyond its
+  bytes.
+- The head: the median of what the measured time has left once the head's weights are read.
+- Issuing a layer's step: these profiles do not tell it. It is the least time of a layer in any measured step with the
+  cache on the host, since no step is faster than the host issues it: an upper bound, which matters only where model,
+  batch or prompt are small.
+- Absorbed activations spread most, and are slowest in small batches. Where the link is slow beside the device's memory,
+  as on the H200, this hides behind the copies; the lowest of these shares, on an L4, would not.
+
+### Synthetic
+
+The peaks of a datasheet, times the shares of its own peaks that the H200 reached:
+
+{shares}
+
+Times that do not follow from bytes or FLOPs are those of the H200, since the host sets most of them. Other hosts, cards
+that slow down under load, and slots with fewer lanes are not accounted for.
+
+## How far to trust them
+
+The H200 as measured, and the error of what the device above gives. It was derived from the same reports, so this is a
+test of the formulas and of the spread between runs, not of other machines. First the measured profiles, in µs; a token
+is one more in each sequence's cache:
+
+{profiles}
+
+Then the steps, by the cost model. Small errors of what hides behind the link leave no trace here:
+
+{steps}
+
+With the cache on the host, the error is {median} in the median and {most} at most; the step that gave the time to issue
+a layer is met by construction. Where all of the cache is on the device, one call runs several layers; the cost model
+counts one for each, and the error is large.
+"""
+
+
+def shipped() -> list[str]:
+    """Names of the devices of this package."""
+    return sorted(path.stem for path in DEVICES.glob("*.json"))
+
+
+def given(name_or_path: str, config: ModelConfig, dtype: jnp.dtype, batch: int) -> tuple[Profile, int | None]:
+    """The profile that `--profile` names, and the device's memory in bytes where the file says it.
+
+    Args:
+        name_or_path: a shipped device, the JSON file of a device, or that of a profile measured on any machine.
+
+    Raises:
+        ValueError: there is no such device or file, it holds neither, or a profile of something else.
+    """
+    path = DEVICES / f"{name_or_path}.json" if name_or_path in shipped() else Path(name_or_path)
+    if not path.is_file():
+        raise ValueError(f"profile {name_or_path!r} is neither a file nor one of the devices {', '.join(shipped())}")
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"profile {name_or_path!r} is no JSON file: {error}") from error
+    try:
+        if not isinstance(fields, dict) or "machine" not in fields:
+            found = device.parsed(fields)
+            return found.profile(config, dtype, batch), found.memory_bytes
+        measured = profile.parsed(fields)
+        _check_match(measured, config, dtype, batch)
+        return measured, None
+    except ValueError as error:
+        raise ValueError(f"profile {name_or_path!r}: {error}") from error
+
+
+def _check_match(measured: Profile, config: ModelConfig, dtype: jnp.dtype, batch: int) -> None:
+    """Raises ValueError for a profile of another version, model, dtype or batch; names what differs."""
+    asked = {
+        "version": str(profile.VERSION), "model": repr(config), "dtype": jnp.dtype(dtype).name, "batch": str(batch)
+    }  # fmt: skip
+    for name, wanted in asked.items():
+        stored = measured.machine.get(name, "none")
+        if stored != wanted:
+            fields, others = (re.split(r", (?=\w+=)", text) for text in (stored, wanted))
+            differ = [", ".join(f for f in a if f not in b) for a, b in ((fields, others), (others, fields))]
+            raise ValueError(f"it was measured for {name} {differ[0]}, and this run has {differ[1]}")
+
+
+def gains(name: str, model: str, dtype: jnp.dtype, workload: Workload) -> dict[str, str]:
+    """What a device would gain with a model whose cache is all on the host: a row of the table.
+
+    Raises:
+        ValueError: as `given` and `decode.shape` do.
+    """
+    config = decode.shape(model, None)
+    found, memory_bytes = given(name, config, dtype, workload.batch)
+    row = {"device": found.machine["device"], "model": decode.name_of(model)}
+    columns = ("l = 0 (ms)", *WAYS, "paper's formula")
+    free = UNLIMITED if memory_bytes is None else memory_bytes - Weights.of(config, dtype).model_bytes
+    if free < 0:
+        return row | dict(zip(columns, ("weights do not fit", "-", "-", "-"), strict=True))
+    try:
+        plans = [
+            make_plan(config, dtype, workload, Request(offload="all", recompute=way), found, free, UNLIMITED)
+            for way in WAYS
+        ]
+    except MemoryError:
+        return row | dict(zip(columns, ("no room beside the weights", "-", "-", "-"), strict=True))
+    costs, tokens = plans[0].costs, workload.prompt_tokens
+    streamed_s = costs.step_s(0, tokens, 0, "project", "overlapped")
+    paper_s = {split: costs.two_phase_step_s(split, tokens - split) for split in buckets(tokens)}
+    split = min(paper_s, key=lambda split: paper_s[split])
+    cells = [
+        f"{streamed_s * 1e3:.1f}",
+        *(f"{plan.split}, {streamed_s / plan.predicted_step_s:.2f}x" for plan in plans),
+        f"{split}, {paper_s[0] / paper_s[split]:.2f}x",
+    ]
+    return row | dict(zip(columns, cells, strict=True))
+
+
+def page(argv: Sequence[str], setting: str, gained: str) -> str:
+    """The page of the shipped devices.
+
+    Args:
+        argv: what the command was given.
+        setting, gained: as it prints them.
+    """
+    reports, devices = derived.reports(), derived.devices()
+    h200 = devices[0]
+    profiles, steps, errors = [], [], []
+    for each in reports:
+        found = h200.profile(each.config, each.dtype, each.batch)
+        profiles.append({"report": each.name} | {
+            heading: f"{each.profile[name] * 1e6:.3g}, {getattr(found, name) / each.profile[name] - 1:+.0%}"
+            for name, heading in MEASURED.items()
+        })  # fmt: skip
+        for result in each.results:
+            plan, measured_s, predicted_s = result["plan"], each.step_s(result), each.predicted_s(result, h200)
+            error = predicted_s / measured_s - 1
+            if plan["offloaded"]:
+                errors.append(abs(error))
+            steps.append({
+                "report": each.name,
+                "split": f"{plan['split']} of {plan['cached_tokens']}" if plan["offloaded"] else "all on the device",
+                "recompute": plan["recompute"] if plan["split"] else "-",
+                "measured (ms)": f"{measured_s * 1e3:.2f}",
+                "predicted (ms)": f"{predicted_s * 1e3:.2f}",
+                "error": f"{error:+.1%}",
+            })  # fmt: skip
+    shares = {FIGURES[name][0].split(" (")[0]: f"{share:.0%}" for name, share in derived.shares(h200).items()}
+    return HEADER.format(
+        command=shlex.join(["python", "-m", MODULE, *argv]),
+        setting=setting,
+        gains=gained,
+        achieved=table([{"device": each.name} | _figures(vars(each)) for each in devices]),
+        sources="\n".join(f"- {'**synthetic** ' * each.synthetic}{each.name}: {each.source}." for each in devices),
+        inverted=table([{"report": each.name} | _figures(each.rates()) for each in reports]),
+        shares=table([shares]),
+        profiles=table(profiles),
+        steps=table(steps),
+        median=f"{statistics.median(errors):.1%}",
+        most=f"{max(errors):.1%}",
+    )
+
+
+def _figures(values: Mapping[str, Any]) -> dict[str, str]:
+    """Cells of those of `FIGURES` that there are."""
+    return {label: f"{values[name] / unit:.4g}" for name, (label, unit) in FIGURES.items() if name in values}
+
+
+def parser() -> Parser:
+    parser = Parser(
+        prog=f"python -m {MODULE}",
+        description="What recompute would gain on GPUs that are not here, by their profiles.",
+    )
+    add = parser.add_argument
+    add("--profile", metavar="NAME_OR_FILE", action="append", help="a device of profiling/devices/, a file like those, "
+        "or a stored profile of this model, dtype and batch; may be given several times; default: all of the "
+        "first")  # fmt: skip
+    add("--model", metavar="NAME_OR_DIR", action="append", help="a released size (models/README.md), or a directory; "
+        f"may be given several times; default: {', '.join(MODELS)}")  # fmt: skip
+    add("--batch", metavar="N", type=int, default=32)
+    add("--prompt", metavar="N", type=int, default=1024, help="tokens of each prompt")
+    add("--dtype", choices=checkpoint.DTYPES, default="bfloat16")
+    add("--write", action="store_true", help="derive the devices anew, and write them and their page to "
+        "profiling/devices/; in a checkout only")  # fmt: skip
+    return parser
+
+
+def execute(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Carry out a parsed command line and return the exit code."""
+    with failing_with(FAILURE):
+        for name in ("batch", "prompt"):
+            if getattr(arguments, name) < 1:
+                raise ValueError(f"{name} {getattr(arguments, name)} must be at least 1")
+        if arguments.write:
+            for each in derived.devices():
+                report.write(DEVICES / f"{decode.dashed(each.name)}.json", dataclasses.asdict(each))
+        dtype, workload = jnp.dtype(arguments.dtype), Workload(arguments.batch, arguments.prompt, new_tokens=1)
+        gained = table([
+            gains(name, model, dtype, workload)
+            for name in arguments.profile or shipped()
+            for model in arguments.model or MODELS
+        ])  # fmt: skip
+        setting = (
+            f"{dtype.name}, batch {workload.batch}, prompt {workload.prompt_tokens}, all of the cache in host memory "
+            "without a limit"
+        )
+        if arguments.write:
+            (DEVICES / "README.md").write_text(page(argv, setting, gained))
+    print(f"{setting}\n\n{gained}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = parser().parse_args(argv)
+    return command_line.run(MODULE, lambda: execute(arguments, argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
