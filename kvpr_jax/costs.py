@@ -2,9 +2,9 @@
 
 Layer i+1's copies run beside layer i's compute, and the host issues both:
 
-    link_s(l)    = (activations + keys and values held on the host) / bandwidth + copies · cost_per_copy
+    link_s(l)    = sum over copies (activations; keys, values) of max(bytes / bandwidth, time of a small copy)
     compute_s(l) = layer + tokens in each form · time a token costs in that form
-    issue_s(l)   = calls · cost of issuing one + copies · cost of issuing one
+    issue_s(l)   = cost of issuing the layer's step, and its copies where they are not part of it
     step_s(l)    = L · max(link_s, compute_s, issue_s) + first copy or last compute + head
 
 `two_phase_step_s` is the cost model of the paper (arXiv 2411.17089, equations 8 to 11), kept for comparison.
@@ -15,7 +15,7 @@ import math
 from typing import Any
 
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.engines import SMALL_BYTES, Engine
+from kvpr_jax.engines import SMALL_BYTES, Engine, group
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling.profile import Profile
 
@@ -61,6 +61,8 @@ class Costs:
     def issue_s(self, activations: int, keys_values: int) -> float:
         """What the host needs to issue one layer's step, and its copies where they are not part of the step."""
         arrays = self.arrays_bytes(activations, keys_values)
+        if not arrays:
+            return self.profile.dispatch_s / group(self.config.num_layers)
         copies = len(arrays) if sum(arrays) >= SMALL_BYTES else 0
         return self.profile.dispatch_s + copies * self.profile.issue_s
 

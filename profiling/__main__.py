@@ -32,7 +32,7 @@ def machine_rows() -> list[dict[str, str]]:
 
 
 def copy_rows(measured: Profile) -> list[dict[str, str]]:
-    """Copies by size, and the line through them."""
+    """Copies by size, and what is fitted to them."""
     ways = {
         "to the device": measured.to_device,
         "to the host": measured.to_host,
@@ -45,13 +45,13 @@ def copy_rows(measured: Profile) -> list[dict[str, str]]:
     def cell(size: int, seconds: float | None) -> str:
         return "-" if seconds is None else f"{seconds * 1e3:.3f} ms, {size / seconds / 1e9:.1f} GB/s"
 
-    lines = [link.line(times) for times in ways.values()]
+    laws = [link.law(times) for times in ways.values()]
     sizes = sorted({size for times in ways.values() for size, _ in times})
     return [
         *(row(f"{size / link.MIB:g} MiB", [cell(size, dict(times).get(size)) for times in ways.values()])
           for size in sizes),
-        row("fitted bandwidth", [f"{bandwidth / 1e9:.1f} GB/s" for _, bandwidth in lines]),
-        row("fitted cost per copy", [f"{per_copy * 1e6:.1f} µs" for per_copy, _ in lines]),
+        row("fitted bandwidth", [f"{bandwidth / 1e9:.1f} GB/s" for _, bandwidth in laws]),
+        row("fitted time of a small one", [f"{small_s * 1e6:.1f} µs" for small_s, _ in laws]),
     ]  # fmt: skip
 
 

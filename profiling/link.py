@@ -3,7 +3,6 @@
 from typing import Literal
 
 import jax.numpy as jnp
-import numpy as np
 
 from kvpr_jax import memory
 from kvpr_jax.profiling.timing import issued_s, median_s
@@ -12,7 +11,7 @@ from kvpr_jax.segments import Activations
 Way = Literal["to_device", "to_host", "both"]
 
 MIB = 2**20
-SIZES = (MIB, 4 * MIB, 16 * MIB, 64 * MIB)
+SIZES = (MIB // 16, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
 FEW, MANY = 2, 8  # copies issued together; what the others add to the first ones is free of the cost of beginning
 LARGE, LARGE_COPIES = 256 * MIB, 16  # what shows all of a GPU's bandwidth
 
@@ -55,16 +54,24 @@ def gb_per_s() -> float:
     return LARGE_COPIES * size / copies_s("to_device", size, LARGE_COPIES) / 1e9
 
 
-def line(times: list[tuple[int, float]]) -> tuple[float, float]:
-    """Cost per copy in seconds and bandwidth in bytes per second: the line of least squared relative errors.
+def law(times: list[tuple[int, float]]) -> tuple[float, float]:
+    """Seconds of a small copy, and bytes per second of large ones: a copy behind others takes the longer of the two.
 
-    Neither is ever negative. Copies of 1 MiB in 50 µs and of 64 MiB in 1.26 ms cost 31 µs each and then run at 55 GB/s.
+    Fitted to (bytes, seconds) by size: so many of the smaller sizes take one time, the others are in proportion to
+    their bytes, both with least squared relative errors. Copies of 64 KiB and 1 MiB in 80 µs and of 64 MiB in 1.26 ms
+    cost 80 µs, or run at 53 GB/s.
     """
-    nbytes, seconds = np.array(times, np.float64).T
-    copies, weighted = 1 / seconds, nbytes / seconds  # cost · copies + seconds a byte · weighted should be 1
-    per_copy, per_byte = np.linalg.lstsq(np.stack([copies, weighted], axis=1), np.ones(len(times)))[0]
-    if per_copy < 0:
-        per_copy, per_byte = 0.0, weighted.sum() / (weighted @ weighted)
-    elif per_byte <= 0:
-        per_copy, per_byte = copies.sum() / (copies @ copies), 1e-15
-    return float(per_copy), float(1 / per_byte)
+
+    def mean(ratios: list[float]) -> float:  # m of the least squares of m · ratio = 1
+        return sum(ratios) / sum(ratio**2 for ratio in ratios)
+
+    def error(small_s: float, per_byte: float) -> float:
+        return sum((max(small_s, nbytes * per_byte) / seconds - 1) ** 2 for nbytes, seconds in times)
+
+    times = sorted(times)
+    fits = []
+    for small in range(len(times)):
+        small_s = mean([1 / seconds for _, seconds in times[:small]]) if small else 0.0
+        fits.append((small_s, mean([nbytes / seconds for nbytes, seconds in times[small:]])))
+    small_s, per_byte = min(fits, key=lambda fit: error(*fit))
+    return small_s, 1 / per_byte

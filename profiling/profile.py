@@ -66,13 +66,13 @@ class Profile:
     compile_s: float
 
     @functools.cached_property
-    def _to_device_line(self) -> tuple[float, float]:
-        return link.line(self.to_device)
+    def _to_device_law(self) -> tuple[float, float]:
+        return link.law(self.to_device)
 
     def copy_s(self, nbytes: int) -> float:
-        """Seconds of one host-to-device copy."""
-        per_copy, bandwidth = self._to_device_line
-        return per_copy + nbytes / bandwidth
+        """Seconds that one host-to-device copy adds to others under way."""
+        small_s, bandwidth = self._to_device_law
+        return max(small_s, nbytes / bandwidth)
 
     def layer_s(self, recompute: Recompute, activations: int, keys_values: int) -> float:
         """Seconds of one layer step over so many tokens in each form."""

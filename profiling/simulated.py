@@ -24,11 +24,12 @@ from kvpr_jax.command_line import FAILURE, Parser, failing_with
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.costs import buckets
 from kvpr_jax.models.attention import Recompute
+from kvpr_jax.plan import Request, Workload
 from kvpr_jax.profiling import decode, derived, device, profile, report
 from kvpr_jax.profiling.device import Weights
 from kvpr_jax.profiling.profile import Profile
 from kvpr_jax.profiling.report import table
-from kvpr_jax.scheduler import Request, Workload, make_plan
+from kvpr_jax.scheduler import make_plan
 
 MODULE = "kvpr_jax.profiling.simulated"
 DEVICES = Path(__file__).with_name("devices")
@@ -126,8 +127,7 @@ Then the steps, by the cost model. Small errors of what hides behind the link le
 {steps}
 
 With the cache on the host, the error is {median} in the median and {most} at most; the step that gave the time to issue
-a layer is met by construction. Where all of the cache is on the device, one call runs several layers; the cost model
-counts one for each, and the error is large.
+a layer is met by construction.
 """
 
 

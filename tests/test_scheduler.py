@@ -62,7 +62,7 @@ def test_the_plan_is_the_best_of_those_that_fit(
 ):
     """Against every split, with the cost model and the bytes of the design page written out again."""
     machine = profile(
-        to_device=[(2**20, 5e-5 + 2**20 / bandwidth), (2**26, 5e-5 + 2**26 / bandwidth)],
+        to_device=[(size, max(5e-5, size / bandwidth)) for size in (2**10, 2**16, 2**30)],
         keys_values_token_s=keys_values, project_token_s=project, absorb_token_s=absorb,
     )  # fmt: skip
     request = Request(
@@ -76,7 +76,7 @@ def test_the_plan_is_the_best_of_those_that_fit(
     def step_s(split, tokens, way):
         resident, form = prompt - tokens, project if way == "project" else absorb
         arrays = ([split * 4096] if split else []) + [(tokens - split) * 4096] * (2 if split < tokens else 0)
-        link = sum(5e-5 + batch * numbers * 2 / bandwidth for numbers in arrays)
+        link = sum(max(5e-5, batch * numbers * 2 / bandwidth) for numbers in arrays)
         compute = 1e-4 + split * form + (tokens - split + resident) * keys_values
         small = batch * sum(arrays) * 2 < 16 * 2**20
         issue = 2e-5 + (0 if small else len(arrays) * 1e-5)
