@@ -19,6 +19,7 @@ from kvpr_jax.profiling import profile
 from kvpr_jax.profiling.profile import Profile
 from kvpr_jax.segments import Place, Segment
 
+UNLIMITED = 2**62  # bytes
 PREPARE_AT = 0.25  # of the tail written: runs that end early compile nothing in vain, others are ready in time
 
 
@@ -191,6 +192,7 @@ def plan_for(
     request: Request,
     weights_bytes: int = 0,
     measured: Profile | None = None,
+    elsewhere_bytes: int | None = None,
     compiled: Collection[tuple[Any, ...]] = (),
 ) -> Plan:
     """The plan for a workload on this machine as it is now; see `scheduler.make_plan` for the errors.
@@ -198,11 +200,14 @@ def plan_for(
     Args:
         weights_bytes: device memory that the model will take, if it is not loaded yet.
         measured: the profile to plan by; None: this machine's, measured now if it was not before.
+        elsewhere_bytes: memory of a device that is not here, to plan for; its host has as much as the request allows.
         compiled: see `scheduler.make_plan`.
     """
     measured = measured or profile.load_or_measure(config, dtype, workload.batch)
     on_host = weights_bytes if memory.device_memory_is_host_memory() else 0
     free = memory.free_device_bytes() - weights_bytes, memory.free_pinned_bytes() - on_host
+    if elsewhere_bytes is not None:
+        free = elsewhere_bytes - weights_bytes, UNLIMITED
     return scheduler.make_plan(config, dtype, workload, request, measured, *free, compiled)
 
 

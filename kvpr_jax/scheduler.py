@@ -227,10 +227,16 @@ def _shortage(plan: Plan, request: Request, free_device_bytes: int, free_host_by
     for place, needed, there, are, flags in limits:
         if needed > there:
             return (
-                f"not enough {place} memory: the plan needs {needed / memory.GIB:.2f} GiB and "
-                f"{max(0, there) / memory.GIB:.2f} GiB {are}; change {flags}"
+                f"not enough {place} memory: the plan needs {_gib(needed)} and {_gib(max(0, there))} {are}; "
+                f"change {flags}"
             )
     return ""
+
+
+def _gib(nbytes: int) -> str:
+    """15.61 GiB, and 0.000075 GiB: two decimals, or two digits of what is less."""
+    gib = nbytes / memory.GIB
+    return f"{gib:.{max(2, 1 - math.floor(math.log10(gib))) if nbytes else 2}f} GiB"
 
 
 def _recompute(costs: Costs, workload: Workload, request: Request) -> Recompute:

@@ -29,13 +29,13 @@ from kvpr_jax.profiling import decode, derived, device, profile, report
 from kvpr_jax.profiling.device import Weights
 from kvpr_jax.profiling.profile import Profile
 from kvpr_jax.profiling.report import table
+from kvpr_jax.runtime import UNLIMITED
 from kvpr_jax.scheduler import make_plan
 
 MODULE = "kvpr_jax.profiling.simulated"
 DEVICES = Path(__file__).with_name("devices")
 MODELS = ("opt-6.7b", "opt-13b", "opt-30b", "llama-2-7b", "llama-2-13b", "llama-3-8b")
 WAYS: tuple[Recompute, ...] = ("project", "absorb")
-UNLIMITED = 2**62  # bytes
 FIGURES = {  # what is shown of a device: heading, unit
     "link_bytes_per_s": ("link (GB/s)", 1e9),
     "flops_per_s": ("products (TFLOP/s)", 1e12),

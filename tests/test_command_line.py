@@ -13,12 +13,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 from test_checkpoint import change_config, write, write_tokenizer
 
 import kvpr_jax
-from helpers import OPT, random_model
+from helpers import OPT, profile, random_model
 from kvpr_jax import Decoder, checkpoint, command_line, memory, stream
+from kvpr_jax.profiling import profile as profiles
+from kvpr_jax.profiling import simulated
 
 cli = importlib.import_module("kvpr_jax.generate.__main__")
 
@@ -168,6 +171,31 @@ def test_the_plan_is_printed_and_nothing_is_run(run, monkeypatch, directory, cou
     assert told["plan"]["split"] == 3 and chosen.startswith(f"| 3 | {told['plan']['recompute']} | ")
     assert len(told["candidates"]) == len(table)
     assert run("--prompt", PROMPT, "--plan", "--offload", "none").out.count("\n") == 1
+
+
+def test_a_plan_for_a_device_that_is_not_here(run, directory, tmp_path):
+    """By its times, within its memory. A profile from a file serves a run as well."""
+    plan = ["--prompt", PROMPT, "--max-new-tokens", "4", "--plan", "--json", "--dtype", "float16"]
+    shipped = one_object(run(*plan, "--profile", "nvidia-l4").out)["plan"]
+    here = one_object(run(*plan).out)["plan"]
+    assert not shipped["offloaded"] and shipped["predicted_step_s"] != here["predicted_step_s"]
+    small = json.loads((simulated.DEVICES / "nvidia-l4.json").read_text()) | {"memory_bytes": 1000}
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(small))
+    expect_error(run(*plan, "--profile", path), command_line.FAILURE, "not enough device memory")
+    config, _ = checkpoint.read_config(directory)
+    slow = profile(machine=profiles.machine(config, jnp.dtype("float32"), 1), base_s=0.5)
+    profiles.write(path, slow)
+    told = one_object(run("--prompt", PROMPT, "--json", "--profile", path).out)
+    assert told["plan"]["predicted_step_s"] > 0.5 and told["outputs"][0]["text"]
+    unknown = run(*plan, "--profile", "nvidia-l5")
+    expect_error(unknown, command_line.USAGE, "profile 'nvidia-l5' is neither a file nor one of the devices")
+
+
+def test_a_budget_that_is_too_small_is_refused_before_the_model_is_loaded(run, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load_model", None)
+    refused = run("--prompt", PROMPT, "--offload", "all", "--host-cache-gib", "1.5e-6")
+    expect_error(refused, command_line.FAILURE, " GiB and 0.0000015 GiB are allowed by --host-cache-gib")
 
 
 @pytest.mark.parametrize("arguments, expected", [

@@ -87,7 +87,7 @@ def test_the_plan_is_the_best_of_those_that_fit(
     try:
         plan = make_plan(OPT_6_7B, float16, workload, request, machine, 4000 * GIB, 8000 * GIB)
     except MemoryError as error:
-        assert host_gib is not None and f"{host_gib:.2f} GiB are allowed by --host-cache-gib" in str(error)
+        assert host_gib is not None and "GiB are allowed by --host-cache-gib" in str(error)
         tail = min(64, max(1, new - 1))
         resident = max(0, int(device_gib * GIB) // cache_bytes(0, 1) - tail)
         assert cache_bytes(prompt - resident, prompt - resident) > host_gib * GIB

@@ -25,7 +25,7 @@ from kvpr_jax.command_line import (
 )
 from kvpr_jax.generate import Output, Stream, Until, encode
 from kvpr_jax.plan import Plan
-from kvpr_jax.profiling import profile
+from kvpr_jax.profiling import profile, simulated
 from kvpr_jax.profiling.report import table
 from kvpr_jax.runtime import Decoder, plan_for, workload_of
 from kvpr_jax.sampling import Sampling
@@ -62,6 +62,8 @@ def parser() -> Parser:
     add = parser.add_argument_group("output").add_argument
     add("--quiet", action="store_true", help="nothing on stderr but errors")
     add("--plan", action="store_true", help="print the plan and what it was chosen from, and exit")
+    add("--profile", metavar="NAME_OR_FILE", help="plan by the profile of another machine, such as nvidia-l4 (see "
+        "profiling/devices), in place of this one's; with --plan, within that device's memory")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object")
     add("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -192,8 +194,14 @@ def execute(arguments: argparse.Namespace) -> int:
     with failing_with(USAGE), report.bar("Measuring this machine, once for a model and batch") as progress:
         ids = encode(tokenizer, prompts, arguments.chat)
         workload = workload_of(ids, until.max_new_tokens, config)
-        measured = profile.load_or_measure(config, dtype, workload.batch, progress)
-        plan = plan_for(config, dtype, workload, request, checkpoint.weights_bytes(config, dtype), measured)
+        if arguments.profile is None:
+            measured, elsewhere_bytes = profile.load_or_measure(config, dtype, workload.batch, progress), None
+        else:
+            measured, elsewhere_bytes = simulated.given(arguments.profile, config, dtype, workload.batch)
+        if not arguments.plan:
+            elsewhere_bytes = None  # it runs here
+        weights_bytes = checkpoint.weights_bytes(config, dtype)
+        plan = plan_for(config, dtype, workload, request, weights_bytes, measured, elsewhere_bytes)
     result = {"model": arguments.model, "plan": plan.as_dict()}
     if arguments.plan:
         considered = candidates(plan)
