@@ -4,7 +4,7 @@ import collections
 import statistics
 
 STEPS = 32  # compared together: their lower median passes over a flush, or a moment's work of another process
-SLOW = 1.25  # times the prediction: a miss
+SLOW = 1.5  # times the prediction: a miss
 
 
 class Pace:
