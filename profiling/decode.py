@@ -241,10 +241,10 @@ def predicted_s(cache: Cache) -> float:
     All slots of a tail are computed, those that are not written yet too.
     """
     plan, held = cache.plan, cache.tokens()
-    tail = (0, plan.tail_tokens) if isinstance(cache.tails[0], Activations) else (plan.tail_tokens, 0)
-    resident, resident_activations = held["resident"] + tail[0], tail[1]
+    activations = plan.tail_tokens if isinstance(cache.tails[0], Activations) else 0
+    resident = held["resident"] + plan.tail_tokens - activations
     return plan.costs.step_s(
-        held["activations"], held["keys_values"], resident, plan.recompute, plan.engine, resident_activations
+        held["activations"], held["keys_values"], resident, plan.recompute, plan.engine, activations
     )
 
 
