@@ -66,10 +66,23 @@ class Costs:
         copies = len(arrays) if sum(arrays) >= SMALL_BYTES else 0
         return self.profile.dispatch_s + copies * self.profile.issue_s
 
-    def step_s(self, activations: int, keys_values: int, resident: int, recompute: Recompute, engine: Engine) -> float:
-        """One decode step over tokens held on the host in each form and tokens resident on the device."""
+    def step_s(
+        self,
+        activations: int,
+        keys_values: int,
+        resident: int,
+        recompute: Recompute,
+        engine: Engine,
+        resident_activations: int = 0,
+    ) -> float:
+        """One decode step over tokens held on the host in each form and tokens resident on the device.
+
+        Args:
+            resident: as keys and values.
+            resident_activations: as activations: a tail may be.
+        """
         link = self.link_s(activations, keys_values)
-        compute = self.compute_s(activations, keys_values + resident, recompute)
+        compute = self.compute_s(activations + resident_activations, keys_values + resident, recompute)
         layers = self.config.num_layers
         if engine == "sequential":
             return layers * (link + compute) + self.profile.head_s

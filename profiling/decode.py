@@ -12,7 +12,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,8 +28,93 @@ from kvpr_jax.command_line import FAILURE, Parser, Reporter, failing_with
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.models import Model, released
 from kvpr_jax.plan import Plan, Request
-from kvpr_jax.profiling import link, matmul, plot, profile, report, timing
+from kvpr_jax.profiling import link, matmul, plain, plot, profile, report, timing
 from kvpr_jax.runtime import Decoder
+from kvpr_jax.segments import Activations
+
+WARM_UP_STEPS = 2  # enough to compile all that a run without flushes needs
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is measured. Refuses numbers below 1.
+
+    Attributes:
+        model: a released size, or a config.json or its directory.
+        layers: only so many of its layers, or None.
+        batch: B.
+        prompt: tokens of each prompt.
+        new_tokens: steps timed.
+        dtype: of the weights, by name.
+    """
+
+    model: str
+    layers: int | None
+    batch: int
+    prompt: int
+    new_tokens: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "batch", "prompt", "new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name.replace('_', '-')} {value} must be at least 1")
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> "Setting":
+        """That of the options of `add_setting_options`."""
+        return cls(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(cls)})
+
+    def check(self, out: Path, picture: Path | None = None) -> None:
+        """Make sure that it can be measured, written to `out` and drawn, before anything takes long.
+
+        Raises:
+            ValueError: the model is unknown, or a file cannot be written.
+        """
+        shape(self.model, self.layers)
+        if picture is not None:
+            plot.check(picture)
+        report.prepare(out)
+
+    def decoder(self) -> Decoder:
+        """The model with random weights.
+
+        Raises:
+            ValueError: it is unknown.
+        """
+        config = shape(self.model, self.layers)
+        positions = self.prompt + self.new_tokens + 16  # random weights: any number will do
+        config = dataclasses.replace(config, max_positions=max(config.max_positions, positions))
+        return Decoder(Model(config, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(0)))
+
+    def prompts(self, decoder: Decoder) -> list[list[int]]:
+        """Random tokens, the same each time."""
+        rng = np.random.default_rng(0)
+        return rng.integers(3, decoder.config.vocab_size, (self.batch, self.prompt)).tolist()
+
+    def default_out(self, benchmark: str) -> Path:
+        """The file of a benchmark's report, under the current directory."""
+        layers = "" if self.layers is None else f"-layers-{self.layers}"
+        name = f"{benchmark}-{dashed(name_of(self.model))}-batch-{self.batch}-prompt-{self.prompt}{layers}.json"
+        return Path("profiling/results", dashed(jax.local_devices()[0].device_kind), name)
+
+    def report(
+        self, benchmark: str, argv: Sequence[str], decoder: Decoder, engine: engines.Engine = "overlapped"
+    ) -> dict[str, Any]:
+        """What every report of a benchmark of decoding begins with."""
+        config = decoder.config
+        return report.header(benchmark, argv) | {
+            "setting": {
+                "model": name_of(self.model),
+                "layers": config.num_layers,
+                "dtype": self.dtype,
+                "batch": self.batch,
+                "prompt": self.prompt,
+                "engine": engine,
+            },
+            "profile": dataclasses.asdict(profile.load_or_measure(config, decoder.dtype, self.batch)),
+        }
 
 
 def shape(model: str, layers: int | None) -> ModelConfig:
@@ -55,16 +140,37 @@ def name_of(model: str) -> str:
 def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, request: Request) -> dict[str, Any]:
     """Prefill and time every decode step of one setting, once all is compiled and the pinned memory is reserved."""
     plan = decoder.plan(prompts, steps + 1, request)
-    short = shortened(decoder, plan)
-    first_s, later_s = (sum_of(run(short, prompts, plan, steps)[0]) for _ in range(2))
+    short, short_steps = shortened(decoder, plan), steps if plan.flushes else min(steps, WARM_UP_STEPS)
+    first_s, later_s = (sum_of(run(short, prompts, plan, short_steps)[0]) for _ in range(2))
     times, cache, logits = run(decoder, prompts, plan, steps)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves((decoder.embedder[1], decoder.params)))
     return {
         "plan": plan.as_dict(),
         "compile_s": max(0.0, first_s - later_s),
         **times,
         "cache_host_bytes": sum(s.nbytes for layer in range(len(cache.layers)) for s in cache.on_host(layer)),
         "compute_s": compute_s(decoder, cache, logits),
+    } | needed(decoder, plan)
+
+
+def measure_plain(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int) -> dict[str, Any]:
+    """What `measure` gives, of plain JAX with all of the cache on the device; nothing is predicted of it."""
+    plan = decoder.plan(prompts, steps + 1, Request(offload="none"))
+    first, times = run_plain(decoder, prompts, plan, 1), run_plain(decoder, prompts, plan, steps)
+    step_s = statistics.median(times["step_s"])
+    return {
+        "plan": plan.as_dict(),
+        "plain": True,
+        "compile_s": max(0.0, first["step_s"][0] - step_s),
+        **times,
+        "cache_host_bytes": 0,
+        "compute_s": step_s,
+    } | needed(decoder, plan)
+
+
+def needed(decoder: Decoder, plan: Plan) -> dict[str, Any]:
+    """Products of the prefill, and memory: predicted, and taken at most so far."""
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves((decoder.embedder[1], decoder.params)))
+    return {
         "prefill_flops": prefill_flops(decoder, plan),
         "predicted_device_bytes": weights + plan.device_bytes,
         "peak_device_bytes": memory.peak_device_bytes(),
@@ -83,21 +189,63 @@ def shortened(decoder: Decoder, plan: Plan) -> Decoder:
 def run(
     decoder: Decoder, prompts: Sequence[Sequence[int]], plan: Plan, steps: int
 ) -> tuple[dict[str, Any], Cache, Array]:
-    """Seconds of prefill and of each greedy step, the bytes each step fetched, and the memory taken after each; the
-    cache and logits at the end."""
+    """Seconds of prefill; what `timed_steps` gives, with the bytes that each step fetched and what was predicted of
+    it; the cache and logits at the end."""
     begin = time.perf_counter()
     cache, logits = decoder.prefill(prompts, plan)
     jax.block_until_ready((cache.layers, logits))
-    prefill_s, step_s, step_bytes, taken = time.perf_counter() - begin, [], [], []
+    prefill_s = time.perf_counter() - begin
+    columns, logits = timed_steps(
+        lambda tokens: decoder.step(cache, tokens), logits, steps,
+        lambda: {"step_bytes": cache.bytes_per_step, "predicted_step_s": predicted_s(cache)},
+    )  # fmt: skip
+    return {"prefill_s": prefill_s} | columns, cache, logits
+
+
+def run_plain(decoder: Decoder, prompts: Sequence[Sequence[int]], plan: Plan, steps: int) -> dict[str, Any]:
+    """What `run` times, in plain JAX."""
+    begin = time.perf_counter()
+    cache, logits = plain.prefill(decoder, prompts, plan)
+    jax.block_until_ready((cache, logits))
+    prefill_s = time.perf_counter() - begin
+    columns, _ = timed_steps(
+        lambda tokens: plain.step(decoder, cache, tokens), logits, steps, lambda: {"step_bytes": 0}
+    )
+    return {"prefill_s": prefill_s} | columns
+
+
+def timed_steps(
+    step: Callable[[Array], Array], logits: Array, steps: int, state: Callable[[], dict[str, Any]]
+) -> tuple[dict[str, list[Any]], Array]:
+    """Seconds of each greedy step, and the memory taken after it; the logits at the end.
+
+    Args:
+        step: from tokens (B,) to the next logits (B, V).
+        logits: before the first step.
+        state: what else is to be kept of each step, asked when it is done.
+    """
+    taken = []
     for _ in range(steps):
-        fetched, begin = cache.fetched_bytes, time.perf_counter()
-        logits = jax.block_until_ready(decoder.step(cache, logits.argmax(-1).astype(jnp.int32)))
-        step_s.append(time.perf_counter() - begin)
-        step_bytes.append(cache.fetched_bytes - fetched)
-        taken.append((*memory.resident_bytes(), memory.device_bytes_in_use()))
-    names = ("pinned_bytes", "other_host_bytes", "device_bytes")
-    after = {name: list(column) for name, column in zip(names, zip(*taken, strict=True), strict=True)}
-    return {"prefill_s": prefill_s, "step_s": step_s, "step_bytes": step_bytes} | after, cache, logits
+        begin = time.perf_counter()
+        logits = jax.block_until_ready(step(logits.argmax(-1).astype(jnp.int32)))
+        step_s, (pinned, other) = time.perf_counter() - begin, memory.resident_bytes()
+        in_use = memory.device_bytes_in_use()
+        bytes_now = {"pinned_bytes": pinned, "other_host_bytes": other, "device_bytes": in_use}
+        taken.append({"step_s": step_s} | state() | bytes_now)
+    return {name: [of_step[name] for of_step in taken] for name in taken[0]}, logits
+
+
+def predicted_s(cache: Cache) -> float:
+    """What the plan's cost model predicts of the step that the cache has just taken.
+
+    All slots of a tail are computed, those that are not written yet too.
+    """
+    plan, held = cache.plan, cache.tokens()
+    activations = plan.tail_tokens if isinstance(cache.tails[0], Activations) else 0
+    resident = held["resident"] + plan.tail_tokens - activations
+    return plan.costs.step_s(
+        held["activations"], held["keys_values"], resident, plan.recompute, plan.engine, activations
+    )
 
 
 def compute_s(decoder: Decoder, cache: Cache, logits: Array) -> float:
@@ -125,7 +273,7 @@ def prefill_flops(decoder: Decoder, plan: Plan) -> int:
 
 def is_streamed(plan: dict[str, Any]) -> bool:
     """Whether all of the cache is streamed as keys and values: what the speed-up is over."""
-    return plan["offloaded"] and plan["split"] == 0
+    return plan["offloaded"] and plan["split"] == 0 and not plan["resident_tokens"]
 
 
 def rows(results: list[dict[str, Any]], link_gb_per_s: float, peak_flops_per_s: float) -> list[dict[str, str]]:
@@ -139,11 +287,12 @@ def rows(results: list[dict[str, Any]], link_gb_per_s: float, peak_flops_per_s: 
         peak = result["peak_device_bytes"]
         predicted = result["predicted_device_bytes"]
         lines.append({
-            "split": f"{plan['split']} of {plan['cached_tokens']}" if plan["offloaded"] else "all on the device",
+            "split": f"{plan['split']} of {plan['cached_tokens']}" if plan["offloaded"] else plot.on_device(result),
             "recompute": plan["recompute"] if plan["split"] else "-",
-            "step (ms)": f"{step_s * 1e3:.2f}",
-            "min to max": f"{min(result['step_s']) * 1e3:.2f} to {max(result['step_s']) * 1e3:.2f}",
-            "predicted (ms)": f"{plan['predicted_step_s'] * 1e3:.2f}",
+            "resident": str(plan["resident_tokens"]),
+            "step (ms)": median_ms(result["step_s"]),
+            "min to max": min_to_max(result["step_s"]),
+            "predicted (ms)": "-" if "plain" in result else median_ms(result["predicted_step_s"]),
             "MB a step": f"{nbytes / 1e6:.1f}",
             "compute alone (ms)": f"{result['compute_s'] * 1e3:.2f}",
             "GB/s": f"{nbytes / step_s / 1e9:.1f}",
@@ -161,11 +310,40 @@ def rows(results: list[dict[str, Any]], link_gb_per_s: float, peak_flops_per_s: 
     return lines
 
 
-def default_out(model: str, arguments: argparse.Namespace) -> Path:
-    """The report's file, under the current directory."""
-    layers = "" if arguments.layers is None else f"-layers-{arguments.layers}"
-    name = f"decode-{dashed(model)}-batch-{arguments.batch}-prompt-{arguments.prompt}{layers}.json"
-    return Path("profiling/results", dashed(jax.local_devices()[0].device_kind), name)
+def median_ms(seconds: Sequence[float]) -> str:
+    """The median, in milliseconds."""
+    return f"{statistics.median(seconds) * 1e3:.2f}"
+
+
+def min_to_max(seconds: Sequence[float]) -> str:
+    """The least and the most, in milliseconds."""
+    return f"{min(seconds) * 1e3:.2f} to {max(seconds) * 1e3:.2f}"
+
+
+def growth(results: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Whole runs beside their steady states, of those with two flushes or more.
+
+    A steady state is the median step between two flushes, and the mean of a run's is over its steps. It is a mean of
+    times: a run of 1 s and 4 s a step takes as long as one of 2.5 s, whose rate is not the mean of the two rates.
+    """
+    lines = []
+    for result in results:
+        plan, step_s = result["plan"], result["step_s"]
+        if plan["flushes"] < 2:
+            continue
+        between = [step_s[first : first + plan["tail_tokens"]] for first in range(0, len(step_s), plan["tail_tokens"])]
+        steady_s = sum(len(bucket) * statistics.median(bucket) for bucket in between)
+        tokens = plan["batch"] * len(step_s)
+        lines.append({
+            "split": f"{plan['split']} of {plan['cached_tokens']}",
+            "recompute": plan["recompute"] if plan["split"] else "-",
+            "steps": str(len(step_s)),
+            "flushes": str(plan["flushes"]),
+            "whole run (tokens/s)": f"{tokens / sum(step_s):.1f}",
+            "steady states (tokens/s)": f"{tokens / steady_s:.1f}",
+            "whole run / steady states": f"{steady_s / sum(step_s):.3f}",
+        })  # fmt: skip
+    return lines
 
 
 def dashed(text: str) -> str:
@@ -173,15 +351,34 @@ def dashed(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
-def add_setting_options(parser: Parser) -> None:
-    """What is measured: the model's shape, the batch, and how many steps."""
+def add_setting_options(parser: Parser, new_tokens: int = 64, several: bool = False) -> None:
+    """What is measured: the fields of a `Setting`.
+
+    Args:
+        new_tokens: the default.
+        several: whether model, batch and prompt may be given several times; each then is a list.
+    """
     add = parser.add_argument
-    add("--model", default="opt-6.7b", help="a released size (models/README.md), or a directory")
+    for name, default, options, text in (
+        ("model", "opt-6.7b", {}, "a released size (models/README.md), or a directory"),
+        ("batch", 32, {"metavar": "N", "type": int}, "sequences"),
+        ("prompt", 1024, {"metavar": "N", "type": int}, "tokens of each prompt"),
+    ):
+        if several:
+            add(f"--{name}", action=Several, default=[default], help=f"{text}; may be given several times", **options)
+        else:
+            add(f"--{name}", default=default, help=text, **options)
     add("--layers", metavar="N", type=int, help="only so many layers, where host memory is short")
-    add("--batch", metavar="N", type=int, default=32)
-    add("--prompt", metavar="N", type=int, default=1024, help="tokens of each prompt")
-    add("--new-tokens", metavar="N", type=int, default=64, help="steps timed")
+    add("--new-tokens", metavar="N", type=int, default=new_tokens, help="steps timed")
     add("--dtype", choices=checkpoint.DTYPES, default="bfloat16")
+
+
+class Several(argparse.Action):
+    """Gathers the values of an option in a list, which the first one begins anew in place of the default."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        held = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [values] if held is self.default else [*held, values])
 
 
 def parser() -> Parser:
@@ -191,10 +388,13 @@ def parser() -> Parser:
     )
     add_setting_options(parser)
     add = parser.add_argument
-    add("--split", metavar="N|P%|device", action="append", help="device: all of the cache stays there; may be given "
-        "several times; default: 0%% and 100%%")  # fmt: skip
-    add("--recompute", choices=("auto", "project", "absorb"), action="append", help="default: auto; given twice, every "
-        "split but 0 is measured in both ways")  # fmt: skip
+    add("--split", metavar="N|P%|device|plain", action=Several, default=["0%", "100%"], help="device: all of the cache "
+        "stays there; plain: as there, in plain JAX, without kvpr_jax's engines; may be given several times; default: "
+        "0%% and 100%%")  # fmt: skip
+    add("--device-cache-gib", metavar="GIB", type=float, help="measure also what the scheduler plans if the device may "
+        "hold so much of the cache")  # fmt: skip
+    add("--recompute", choices=("auto", "project", "absorb"), action=Several, default=["auto"], help="given twice, "
+        "every split but 0 is measured in both ways; default: auto")  # fmt: skip
     add("--engine", choices=get_args(engines.Engine), default="overlapped")
     add("--out", metavar="FILE", type=Path, help="JSON file for every trial, which is replaced if it exists; default: "
         "profiling/results/<gpu>/decode-<model>-batch-<N>-prompt-<N>.json")  # fmt: skip
@@ -202,58 +402,68 @@ def parser() -> Parser:
     return parser
 
 
+def requests(arguments: argparse.Namespace) -> list[Request | None]:
+    """What is to be measured, in order; None is plain JAX."""
+    found: list[Request | None] = []
+    for split in arguments.split:
+        if split == "plain":
+            found.append(None)
+        elif split == "device":
+            found.append(Request(engine=arguments.engine, offload="none"))
+        else:
+            ways = arguments.recompute if split not in ("0", "0%") else arguments.recompute[:1]
+            found += [Request(split, way, arguments.engine) for way in ways]
+    if arguments.device_cache_gib is not None:
+        found += [
+            Request("auto", way, arguments.engine, device_cache_gib=arguments.device_cache_gib)
+            for way in arguments.recompute
+        ]
+    return found
+
+
 def execute(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     """Carry out a parsed command line and return the exit code."""
-    model, dtype = name_of(arguments.model), jnp.dtype(arguments.dtype)
-    ways, results = arguments.recompute or ["auto"], []
-    out = arguments.out or default_out(model, arguments)
+    results, steps = [], arguments.new_tokens
     with failing_with(FAILURE):
-        config = shape(arguments.model, arguments.layers)
-        if arguments.new_tokens < 1:
-            raise ValueError(f"new-tokens {arguments.new_tokens} must be at least 1: it is the number of steps timed")
-        if arguments.plot is not None:
-            plot.check(arguments.plot)
-        report.prepare(out)
-        positions = arguments.prompt + arguments.new_tokens + 16  # random weights: any number will do
-        config = dataclasses.replace(config, max_positions=max(config.max_positions, positions))
-        decoder = Decoder(Model(config, dtype=dtype, rngs=nnx.Rngs(0)))
-        rng = np.random.default_rng(0)
-        prompts = rng.integers(3, config.vocab_size, (arguments.batch, arguments.prompt)).tolist()
-        for split in arguments.split or ["0%", "100%"]:
-            for way in ways if split not in ("0", "0%", "device") else ways[:1]:
-                on_device = Request(engine=arguments.engine, offload="none")
-                request = on_device if split == "device" else Request(split, way, arguments.engine)
-                results.append(measure(decoder, prompts, arguments.new_tokens, request))
+        setting, wanted = Setting.of(arguments), requests(arguments)
+        out = arguments.out or setting.default_out("decode")
+        setting.check(out, arguments.plot)
+        decoder = setting.decoder()
+        prompts = setting.prompts(decoder)
+        for request in wanted:
+            plainly = request is None
+            results.append(
+                measure_plain(decoder, prompts, steps) if plainly else measure(decoder, prompts, steps, request)
+            )
         # Last, since their buffers would count in the peak of device memory.
-        link_gb_per_s, peak_flops_per_s = link.gb_per_s(), matmul.flops_per_s(dtype)
-    lines = rows(results, link_gb_per_s, peak_flops_per_s)
-    written = report.header("decode", argv) | {
-        "setting": {
-            "model": model,
-            "layers": config.num_layers,
-            "dtype": dtype.name,
-            "batch": arguments.batch,
-            "prompt": arguments.prompt,
-            "engine": arguments.engine,
-        },
+        link_gb_per_s, peak_flops_per_s = link.gb_per_s(), matmul.flops_per_s(decoder.dtype)
+    lines, runs = rows(results, link_gb_per_s, peak_flops_per_s), growth(results)
+    written = setting.report("decode", argv, decoder, arguments.engine) | {
         "link_gb_per_s": link_gb_per_s,
         "peak_flops_per_s": peak_flops_per_s,
-        "profile": dataclasses.asdict(profile.load_or_measure(config, dtype, arguments.batch)),
         "results": results,
+        "growth": runs,
         "table": lines,
     }
     print(
         f"{plot.title(written)}; link {link_gb_per_s:.1f} GB/s, matrix products {peak_flops_per_s / 1e12:.1f} TFLOP/s"
         f"\n\n{report.table(lines)}"
     )
+    if runs:
+        print(f"\n{report.table(runs)}")
+    keep(written, out, arguments.plot)
+    return 0
+
+
+def keep(written: dict[str, Any], out: Path, picture: Path | None = None) -> None:
+    """Write a report, and a plot of it if it is to have one, and say so on stderr."""
     note = Reporter(quiet=False).note
     with failing_with(FAILURE):
         report.write(out, written)
         note(f"wrote {out}")
-        if arguments.plot is not None:
-            plot.write(written, arguments.plot)
-            note(f"wrote {arguments.plot}")
-    return 0
+        if picture is not None:
+            plot.write(written, picture)
+            note(f"wrote {picture}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

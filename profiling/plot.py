@@ -1,12 +1,16 @@
-"""Draws what the decode benchmark measured, step time against split: `python -m kvpr_jax.profiling.plot RESULT.json`.
+"""Draws what was measured, step time against split: `python -m kvpr_jax.profiling.plot RESULT.json`, a report of the
+decode benchmark or of `kvpr_jax.profiling.splits`.
 
 Each way to recompute has a colour. Points are medians, and their bars reach from the fastest step to the slowest;
 dashed is what the plan predicted, dotted the same step over a cache that is on the device already. A split of 0
-recomputes nothing, and is drawn for both ways. Gray is a step's bytes over the measured bandwidth of the link.
+recomputes nothing, and is drawn for both ways. Gray is a step's bytes over the measured bandwidth of the link. Of a
+sweep, the scheduler's pick has a ring around it, and green is what the paper's two-phase schedule would take. Settings
+with tokens that stay on the device are no splits of the whole prompt: they are lines from side to side.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import re
 import shlex
@@ -21,9 +25,11 @@ from kvpr_jax.profiling.report import prepare
 
 SUFFIXES = (".png", ".svg")
 WAYS = {"project": ("#d55e00", "s"), "absorb": ("#0072b2", "o")}  # told apart by the colour-blind, and without colour
-GRAY = "#808080"
+GRAY, GREEN = "#808080", "#009e73"
+ASIDE = ("-", "--", "-.", ":")  # lines from side to side
 LINE = {"linewidth": 1.2, "markersize": 4}
 APART = 5 / 72  # inches between the two ways' measurements of one split
+LEVEL = 6  # splits whose numbers stand beside each other without touching
 HEADROOM = 1.15  # of the plot, over the highest median or line; a bar that is longer is cut and its end written there
 
 
@@ -34,22 +40,26 @@ class Point:
     Attributes:
         split: l.
         recompute: the way; of no meaning where `split` is 0.
-        offloaded: whether the cache is on the host.
+        aside: what is measured where it is no split of the whole prompt; else empty.
         median, fastest, slowest: of the steps.
         predicted: by the plan.
         compute: of a step without the link.
         link: of the bytes that a step fetches, at the measured bandwidth.
+        two_phase: by the paper's cost model; None where the report does not have it.
+        picked_by: the ways to recompute for which the scheduler picks this.
     """
 
     split: int
     recompute: str
-    offloaded: bool
+    aside: str
     median: float
     fastest: float
     slowest: float
     predicted: float
     compute: float
     link: float
+    two_phase: float | None
+    picked_by: Sequence[str]
 
 
 def points(report: dict[str, Any]) -> list[Point]:
@@ -61,16 +71,26 @@ def points(report: dict[str, Any]) -> list[Point]:
             Point(
                 split=plan["split"],
                 recompute=plan["recompute"],
-                offloaded=plan["offloaded"],
+                aside=on_device(result),
                 median=statistics.median(step_ms),
                 fastest=min(step_ms),
                 slowest=max(step_ms),
-                predicted=1e3 * plan["predicted_step_s"],
+                predicted=1e3 * statistics.median(result.get("predicted_step_s", [plan["predicted_step_s"]])),
                 compute=1e3 * result["compute_s"],
                 link=statistics.median(result["step_bytes"]) / report["link_gb_per_s"] / 1e6,
+                two_phase=1e3 * result["two_phase_step_s"] if "two_phase_step_s" in result else None,
+                picked_by=result.get("picked_by", ()),
             )
         )
     return sorted(found, key=lambda point: point.split)
+
+
+def on_device(result: dict[str, Any]) -> str:
+    """What of the cache stays on the device, and in plain JAX if so; empty where nothing does."""
+    plan = result["plan"]
+    if not plan["offloaded"]:
+        return "plain JAX, all on the device" if "plain" in result else "all on the device"
+    return f"{plan['resident_tokens']} tokens on the device" if plan["resident_tokens"] else ""
 
 
 def check(path: Path) -> None:
@@ -89,7 +109,7 @@ def check(path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A report of the decode benchmark.
+    """A report of the decode benchmark, or of a sweep.
 
     Raises:
         ValueError: the file cannot be read, or holds something else.
@@ -99,7 +119,7 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"report {str(path)!r} cannot be read: {error}") from error
     if not isinstance(report, dict) or not {"machine", "link_gb_per_s", "results"} <= set(report):
-        raise ValueError(f"report {str(path)!r} is not one of python -m kvpr_jax.profiling.decode")
+        raise ValueError(f"report {str(path)!r} is not one of python -m kvpr_jax.profiling.decode or splits")
     return report
 
 
@@ -133,16 +153,16 @@ def figure(report: dict[str, Any]) -> Any:
     from matplotlib.transforms import ScaledTranslation
 
     measured = points(report)
-    offloaded = [point for point in measured if point.offloaded]
-    used = {point.recompute for point in offloaded if point.split} or {point.recompute for point in offloaded}
+    swept = [point for point in measured if not point.aside]
+    used = {point.recompute for point in swept if point.split} or {point.recompute for point in swept}
     ways = [way for way in WAYS if way in used]
-    top = HEADROOM * max(max(point.median, point.predicted, point.compute, point.link) for point in measured)
+    top = HEADROOM * max(max(p.median, p.predicted, p.compute, p.link, p.two_phase or 0) for p in measured)
 
     drawn = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes, handles = drawn.subplots(), []
     for index, way in enumerate(ways):
         color, marker = WAYS[way]
-        line = [point for point in offloaded if not point.split or point.recompute == way]
+        line = [point for point in swept if not point.split or point.recompute == way]
         x = [point.split for point in line]
         bars = [p.median - p.fastest for p in line], [p.slowest - p.median for p in line]
         beside = ScaledTranslation((index - (len(ways) - 1) / 2) * APART, 0, drawn.dpi_scale_trans)
@@ -154,18 +174,27 @@ def figure(report: dict[str, Any]) -> Any:
             *axes.plot(x, [p.predicted for p in line], "--.", color=color, **LINE, label=f"{way}: predicted"),
             *axes.plot(x, [p.compute for p in line], ":.", color=color, **LINE, label=f"{way}: compute alone"),
         ]  # fmt: skip
+        for pick in (point for point in line if way in point.picked_by):
+            handles += axes.plot(
+                pick.split, pick.median, "o", color=color, fillstyle="none", markersize=11, zorder=3,
+                transform=axes.transData + beside, label=f"{way}: the scheduler's pick",
+            )  # fmt: skip
+    two_phase = {point.split: point.two_phase for point in swept if point.two_phase is not None}
+    if two_phase:
+        x, y = zip(*two_phase.items(), strict=True)
+        handles += axes.plot(x, y, "-.", color=GREEN, **LINE, label="the paper's two phases: predicted")
     link = f"link alone ({report['link_gb_per_s']:.1f} GB/s)"
     handles += axes.plot(
-        [p.split for p in offloaded], [p.link for p in offloaded], ".-", color=GRAY, linewidth=0.8, markersize=4,
+        [p.split for p in swept], [p.link for p in swept], ".-", color=GRAY, linewidth=0.8, markersize=4,
         zorder=1.5, label=link,
     )  # fmt: skip
     handles += [
-        axes.axhline(point.median, color="black", linewidth=1, label="all on the device")
-        for point in measured if not point.offloaded
+        axes.axhline(point.median, color="black", linewidth=1, linestyle=style, label=point.aside)
+        for point, style in zip((p for p in measured if p.aside), itertools.cycle(ASIDE), strict=False)
     ]  # fmt: skip
-    splits = sorted({point.split for point in offloaded})
+    splits = sorted({point.split for point in swept})
     for split in splits:
-        slowest = max(point.slowest for point in offloaded if point.split == split)
+        slowest = max(point.slowest for point in swept if point.split == split)
         if slowest > top:
             axes.annotate(
                 f"to {slowest:.1f} ms", (split, top), (0, 2), textcoords="offset points", ha="center", fontsize=8
@@ -174,6 +203,7 @@ def figure(report: dict[str, Any]) -> Any:
     axes.set_xlabel("split (tokens of the prompt held as activations)")
     axes.set_ylabel("time of a decode step (ms)")
     axes.set_xticks(splits)
+    axes.tick_params("x", labelrotation=0 if len(splits) <= LEVEL else 90)
     axes.set_ylim(0, top)
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -200,9 +230,9 @@ def write(report: dict[str, Any], path: Path) -> None:
 def parser() -> Parser:
     parser = Parser(
         prog="python -m kvpr_jax.profiling.plot",
-        description="Draw what the decode benchmark measured: step time against split.",
+        description="Draw what the decode benchmark or a sweep of splits measured: step time against split.",
     )
-    parser.add_argument("report", metavar="RESULT", type=Path, help="JSON file of the decode benchmark")
+    parser.add_argument("report", metavar="RESULT", type=Path, help="JSON file of the decode benchmark or of a sweep")
     parser.add_argument("--out", metavar="FILE", type=Path, help=".png or .svg; default: beside RESULT, as .png")
     return parser
 

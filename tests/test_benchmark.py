@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import pytest
 
 import helpers
-from kvpr_jax import checkpoint, memory
-from kvpr_jax.profiling import decode, link, matmul
+from kvpr_jax import checkpoint, engines, memory, scheduler
+from kvpr_jax.plan import Request
+from kvpr_jax.profiling import decode, link, matmul, plain, residency
+from kvpr_jax.profiling import profile as profiles
 from kvpr_jax.profiling import report as reports
 from kvpr_jax.runtime import Decoder
 
@@ -101,7 +103,7 @@ def test_the_report_goes_below_the_current_directory_by_default(tmp_path, monkey
 def test_the_reports_name_says_what_was_measured(line, device, expected, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(device_kind=device)])
     arguments = decode.parser().parse_args(shlex.split(line))
-    out = decode.default_out(decode.name_of(arguments.model), arguments)
+    out = decode.Setting.of(arguments).default_out("decode")
     assert out == Path(f"profiling/results/{expected}.json")
 
 
@@ -126,6 +128,113 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path):
     reports.write(tmp_path / "pipe", {})
     assert (tmp_path / "pipe").is_fifo() and os.read(reader, 9) == b"{}\n"
     os.close(reader)
+
+
+def test_without_flushes_few_steps_warm_up(monkeypatch):
+    counted, decoder = [], Decoder(helpers.random_model(helpers.OPT))
+    run = decode.run
+    monkeypatch.setattr(decode, "run", lambda *of: counted.append(of[-1]) or run(*of))
+    for request in (Request("0%"), Request("0%", tail_tokens=3)):  # of which the second one is flushed once
+        decode.measure(decoder, [[3, 4, 5]], 5, request)
+    assert counted == [2, 2, 5, 5, 5, 5]
+
+
+def test_a_device_that_holds_a_part_of_the_cache_is_a_setting_of_its_own(monkeypatch, tmp_path):
+    """Of 64 tokens, the tail's three and 34 of the prompt's."""
+    slow = helpers.profile(to_device=[(2**10, 1e-3), (2**20, 1.0)])
+    monkeypatch.setattr(profiles, "load_or_measure", lambda *_: slow)
+    config, _ = checkpoint.read_config(checkpoint.BUNDLED)
+    gib = 37.5 * 2 * 2 * config.kv_width * 4 / memory.GIB
+    setting = [*SETTING, "--prompt", "64", "--split", "0%", "--device-cache-gib", str(gib)]
+    assert decode.main(["--model", str(checkpoint.BUNDLED), *setting, "--out", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["resident"] for row in report["table"]] == ["0", "34"]
+    assert [row["split"] for row in report["table"]] == ["0 of 64", "30 of 64"]
+    assert report["results"][1]["step_bytes"] == [2 * 2 * 30 * config.activation_width * 4] * 3
+    assert report["table"][1]["over l = 0"] != "1.00x"
+
+
+def test_a_run_with_flushes_is_set_beside_its_steady_states(monkeypatch, tmp_path):
+    """Three steps of 1 s, three of 3 s, one slow among each, and the first of those of 4 s."""
+    plan = {"batch": 8, "split": 5, "cached_tokens": 9, "recompute": "absorb", "tail_tokens": 3, "flushes": 2}
+    grown = {"plan": plan, "step_s": [1.0, 1.0, 2.0, 3.0, 3.0, 5.0, 4.0]}
+    (row,) = decode.growth([grown, {"plan": plan | {"flushes": 1}, "step_s": [1.0]}])
+    assert list(row.values()) == ["5 of 9", "absorb", "7", "2", f"{56 / 19:.1f}", f"{56 / 16:.1f}", f"{16 / 19:.3f}"]
+    out = tmp_path / "report.json"
+    monkeypatch.setattr(scheduler, "TAIL_TOKENS", (3, 3))
+    setting = [*SETTING, "--new-tokens", "7", "--split", "0%", "--out", str(out)]
+    assert decode.main(["--model", str(checkpoint.BUNDLED), *setting]) == 0
+    report = json.loads(out.read_text())
+    assert [row["flushes"] for row in report["growth"]] == [str(report["results"][0]["plan"]["flushes"])] == ["2"]
+
+
+@pytest.mark.parametrize("name", ["opt", "opt-350m", "llama", "mistral", "bloom", "qwen3"])
+def test_plain_jax_decodes_the_same_tokens(name):
+    """Its step has one function for everything, compiled once."""
+    model = checkpoint.load_model(Path(__file__).parent / "golden" / name, "float32")
+    decoder, prompts = Decoder(model), helpers.random_prompts([18, 18, 18], model.config.vocab_size)
+    tokens, expected, _, _ = helpers.greedy(decoder, prompts, 12, Request("50%", offload="all", tail_tokens=4))
+    compiled = plain._step._cache_size()
+    cache, logits = plain.prefill(decoder, prompts, decoder.plan(prompts, 12, Request(offload="none")))
+    for index in range(12):
+        helpers.assert_close(logits, expected[index])
+        assert logits.argmax(-1).tolist() == tokens[:, index].tolist()
+        if index < 11:
+            logits = plain.step(decoder, cache, jnp.asarray(tokens[:, index]))
+    assert plain._step._cache_size() == compiled + 1
+    assert cache.slots.tolist() == [29] and cache.layers[0][0].shape[1] == 29
+
+
+def test_plain_jax_stands_beside_a_cache_on_the_device(tmp_path):
+    out = tmp_path / "report.json"
+    splits = ["--split", "device", "--split", "plain"]
+    assert decode.main(["--model", str(checkpoint.BUNDLED), *SETTING, *splits, "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    ours, plainly = report["table"]
+    assert [ours["split"], plainly["split"]] == ["all on the device", "plain JAX, all on the device"]
+    assert ours["predicted (ms)"] != "-" and plainly["predicted (ms)"] == "-"
+    assert plainly["step (ms)"] == f"{statistics.median(report['results'][1]['step_s']) * 1e3:.2f}"
+    assert len(report["results"][1]["step_s"]) == 3 and report["results"][1]["compile_s"] > 0
+
+
+def test_all_arrangements_keep_as_much_on_the_device():
+    assert list(residency.arrangements(4, 10, 50).values()) == [[5, 5, 5, 5], [0, 10, 0, 10], [10, 10, 0, 0]]
+    assert list(residency.arrangements(8, 40, 25).values())[1:] == [[0, 0, 0, 40, 0, 0, 0, 40], [40, 40, *[0] * 6]]
+    for layers, tokens, share in ((3, 10, 50), (4, 9, 50), (4, 10, 0), (4, 10, 100)):
+        with pytest.raises(
+            ValueError, match=rf"share {share} must .* whole number of {layers} layers and of {tokens} "
+        ):
+            residency.arrangements(layers, tokens, share)
+
+
+def test_every_arrangement_decodes_the_same_and_moves_the_same_bytes():
+    config = dataclasses.replace(helpers.OPT, num_layers=4)
+    decoder, prompts = Decoder(helpers.random_model(config)), helpers.random_prompts([10, 10], config.vocab_size)
+    tokens, expected, _, _ = helpers.greedy(decoder, prompts, 4, Request("0%", offload="all"))
+    for stay in residency.arrangements(4, 10, 50).values():
+        cache, _ = decoder.prefill(prompts, decoder.plan(prompts, 4, Request(offload="none")))
+        residency.leave(cache, stay)
+        on_device = [sum(s.tokens for s in cache.on_device(layer)) for layer in range(4)]
+        assert on_device == stay and isinstance(cache.engine, engines.Overlapped)
+        assert cache.bytes_per_step == sum(s.nbytes for layer in range(4) for s in cache.on_host(layer))
+        assert cache.bytes_per_step == 4 * 2 * 5 * config.kv_width * 4
+        for index in range(3):
+            helpers.assert_close(decoder.step(cache, jnp.asarray(tokens[:, index])), expected[index + 1])
+
+
+def test_the_report_of_arrangements_holds_every_step(tmp_path, capsys):
+    out = tmp_path / "report.json"
+    setting = ["--model", str(checkpoint.BUNDLED), *SETTING, "--prompt", "10"]
+    assert residency.main([*setting, "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert [row["stays on the device"] for row in report["table"]] == list(report["arrangements"])
+    assert [len(result["step_s"]) for result in report["arrangements"].values()] == [3] * 3
+    assert reports.table(report["table"]) in capsys.readouterr().out and reports.page(tmp_path)
+    row, result = report["table"][0], report["arrangements"]["a share of every layer"]
+    ratio = statistics.median(result["step_s"]) * report["link_gb_per_s"] * 1e9 / result["step_bytes"][0]
+    assert float(row["step / floor"]) == pytest.approx(ratio, abs=0.0006)
+    assert residency.main([*setting, "--prompt", "9", "--out", str(out)]) == 1
+    assert re.fullmatch(r"kvpr_jax\.profiling\.residency: error: share 50 must .*\n", capsys.readouterr().err[-200:])
 
 
 @pytest.mark.parametrize("out", ["folder", "file/report.json"])

@@ -1,5 +1,6 @@
 """The plot of the decode benchmark: what is drawn is what the report holds, legible, and the same again."""
 
+import itertools
 import json
 import re
 import shlex
@@ -31,10 +32,11 @@ def measured(split: int, recompute: str, step_s: list[float], offloaded: bool = 
     """What `decode.measure` gives, of a prompt of 64 tokens; compute and prediction are told apart by their factors."""
     plan = {
         "batch": 2, "split": split, "cached_tokens": 64, "offloaded": offloaded, "recompute": recompute,
-        "engine": "overlapped", "predicted_step_s": 1.25 * step_s[0],
+        "engine": "overlapped", "predicted_step_s": 0.1, "resident_tokens": 0, "flushes": 0,
     }  # fmt: skip
     return {
         "plan": plan, "step_s": step_s, "step_bytes": [(128 - split) * 10**6 * offloaded] * len(step_s),
+        "predicted_step_s": [1.25 * step_s[0]] * len(step_s),
         "compute_s": step_s[0] / 4, "compile_s": 0.0, "prefill_s": 0.5, "prefill_flops": 10**9,
         "predicted_device_bytes": 0, "peak_device_bytes": None, "peak_host_bytes": 0,
         "pinned_bytes": [0], "cache_host_bytes": 0,
@@ -119,12 +121,44 @@ def test_one_very_slow_step_does_not_flatten_the_plot(matplotlib):
     assert not plot.figure(REPORT).axes[0].texts
 
 
+def test_a_sweep_has_rings_at_the_picks_and_the_papers_two_phases(matplotlib):
+    swept = [of | {"two_phase_step_s": 0.03 + of["plan"]["split"] * 1e-4, "picked_by": []} for of in RESULTS]
+    swept[1]["picked_by"], swept[2]["picked_by"] = ["project"], ["absorb"]
+    figure = plot.figure(REPORT | {"results": swept})
+    drawn = lines(figure)
+    assert ["pick" in line.get_label() for line in figure.axes[0].get_lines()].count(True) == 2
+    assert drawn["project: the scheduler's pick"] == ([0], [20])
+    assert drawn["absorb: the scheduler's pick"] == ([64], [9])
+    assert drawn["the paper's two phases: predicted"] == ([0, 64], pytest.approx([30, 36.4]))
+    assert figure.axes[0].get_ylim()[1] == pytest.approx(1.15 * 36.4)
+    assert not [label for label in lines(plot.figure(REPORT)) if "pick" in label or "paper" in label]
+
+
+def test_many_splits_have_numbers_that_do_not_touch(matplotlib):
+    splits = [*range(0, 1025, 128), 960]
+    figure = plot.figure(REPORT | {"results": [measured(split, "absorb", [0.01]) for split in splits]})
+    figure.draw_without_rendering()
+    boxes = sorted((label.get_window_extent() for label in figure.axes[0].get_xticklabels()), key=lambda box: box.x0)
+    assert len(boxes) == 10 and all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
+def test_a_report_without_a_prediction_for_each_step_has_that_of_the_plan():
+    (old,) = plot.points(REPORT | {"results": [{n: v for n, v in RESULTS[0].items() if n != "predicted_step_s"}]})
+    assert old.predicted == pytest.approx(100) and plot.points(REPORT)[1].predicted == pytest.approx(1.25 * 11)
+
+
 def test_a_cache_on_the_device_is_no_split(matplotlib):
     on_device = measured(0, "project", [0.004, 0.003, 0.005], offloaded=False)
     figure = plot.figure(REPORT | {"results": [on_device, *RESULTS]})
     assert bars(figure) == bars(plot.figure(REPORT))
     assert lines(figure)["all on the device"][1] == pytest.approx([4, 4])
     assert lines(plot.figure(REPORT | {"results": [on_device]}))["all on the device"][1] == pytest.approx([4, 4])
+    in_part = measured(0, "project", [0.006, 0.005, 0.007])
+    in_part["plan"] |= {"resident_tokens": 32}
+    figure = plot.figure(REPORT | {"results": [on_device, on_device | {"plain": True}, in_part, *RESULTS]})
+    assert bars(figure) == bars(plot.figure(REPORT))
+    assert lines(figure)["32 tokens on the device"][1] == pytest.approx([6, 6])
+    assert lines(figure)["plain JAX, all on the device"][1] == pytest.approx([4, 4])
 
 
 @pytest.mark.parametrize("results, ways", [
