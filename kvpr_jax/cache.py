@@ -9,6 +9,7 @@ becomes the next segment: on the device as long as the plan has room for it ther
 equal length in one place are merged, so their number grows with the logarithm of the tokens generated.
 """
 
+import collections
 import dataclasses
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from jaxtyping import Array, Int
 
 from kvpr_jax import memory, steps
 from kvpr_jax.config import ModelConfig
+from kvpr_jax.costs import Held
 from kvpr_jax.engines import InStep, Overlapped, Resident, Sequential, engine_for
 from kvpr_jax.pace import Pace
 from kvpr_jax.plan import Plan
@@ -120,7 +122,7 @@ class Cache:
         if times is None or not revisable:
             return
         measured_s = times * self.predicted_step_s
-        self._slowed, blamed = plan.slowed(**self._held_in_a_step(), step_s=measured_s)
+        self._slowed, blamed = plan.slowed(self._held_in_a_step(), measured_s)
         if self.miss is None:
             self.miss = (
                 f"decode steps take {measured_s * 1e3:.2f} ms, {self.predicted_step_s * 1e3:.2f} ms were predicted: "
@@ -146,7 +148,10 @@ class Cache:
 
     def tokens(self) -> dict[str, int]:
         """Tokens of one layer by where and how they are held: activations, keys_values, resident, tail."""
-        return _tokens(self.layers[0]) | {"tail": self.written}
+        held = _held(self.layers[0])
+        resident = held.resident + held.resident_activations
+        on_host = {"activations": held.activations, "keys_values": held.keys_values}
+        return on_host | {"resident": resident, "tail": self.written}
 
     def _new_tails(self) -> None:
         """Empty tails from slot `length` on, in the form that they are to be held in."""
@@ -156,12 +161,11 @@ class Cache:
         self.engine = engine_for(self.plan.engine, layer_bytes)
         empty = self._tail_form(self.layers[0], self.flushes)
         self.tails = [memory.placed(empty(self)) for _ in self.layers]
-        self.predicted_step_s = self.plan.step_s(**self._held_in_a_step())
+        self.predicted_step_s = self.plan.step_s(self._held_in_a_step())
 
-    def _held_in_a_step(self) -> dict[str, int]:
-        """Tokens that a step reads, as the cost model counts them: the tail is on the device, and read whole."""
-        held = _tokens(self.layers[0])
-        return held | {"resident": held["resident"] + self.plan.tail_tokens}
+    def _held_in_a_step(self) -> Held:
+        """Tokens that a step reads. The tail is on the device, and read whole, slots that are not written yet too."""
+        return _held((*self.layers[0], self.tails[0]))
 
     def _leaves(self, index: int) -> bool:
         """Whether the tail of this index goes to the host when it is full."""
@@ -170,17 +174,16 @@ class Cache:
     def _tail_form(self, segments: tuple[Segment, ...], index: int) -> Callable[["Cache"], Segment]:
         """What makes the tail of this index beside these segments of a layer."""
         left = max(0, self.plan.flushes - index - 1)
-        smaller = self._leaves(index) and self.plan.holds_activations_next(**_tokens(segments), left=left)
+        smaller = self._leaves(index) and self.plan.holds_activations_next(_held(segments), left)
         return _empty_activations if smaller else _empty_keys_values
 
 
-def _tokens(segments: tuple[Segment, ...]) -> dict[str, int]:
-    """Tokens of a layer's segments: on the host in each form, and resident."""
-    counts = {"activations": 0, "keys_values": 0, "resident": 0}
+def _held(segments: tuple[Segment, ...]) -> Held:
+    """Tokens of a layer's segments by place and form."""
+    counts = collections.Counter[tuple[bool, bool]]()
     for segment in segments:
-        form = "activations" if isinstance(segment, Activations) else "keys_values"
-        counts[form if memory.on_host(segment) else "resident"] += segment.tokens
-    return counts
+        counts[memory.on_host(segment), isinstance(segment, Activations)] += segment.tokens
+    return Held(counts[True, True], counts[True, False], counts[False, False], counts[False, True])
 
 
 def _tail_slots(cache: Cache) -> Int[Array, " T"]:

@@ -28,6 +28,22 @@ TIMES_OF = {  # each side of a step: the profile's times that make it up
 
 
 @dataclasses.dataclass(frozen=True)
+class Held:
+    """Tokens of a layer, by where and in which form they are held.
+
+    Attributes:
+        activations, keys_values: on the host.
+        resident: on the device, as keys and values.
+        resident_activations: there, as activations: a tail may be.
+    """
+
+    activations: int
+    keys_values: int
+    resident: int = 0
+    resident_activations: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Costs:
     """The cost model for one model, batch and profile."""
 
@@ -66,44 +82,33 @@ class Costs:
         copies = len(arrays) if sum(arrays) >= SMALL_BYTES else 0
         return self.profile.dispatch_s + copies * self.profile.issue_s
 
-    def step_s(
-        self,
-        activations: int,
-        keys_values: int,
-        resident: int,
-        recompute: Recompute,
-        engine: Engine,
-        resident_activations: int = 0,
-    ) -> float:
-        """One decode step over tokens held on the host in each form and tokens resident on the device.
-
-        Args:
-            resident: as keys and values.
-            resident_activations: as activations: a tail may be.
-        """
-        link = self.link_s(activations, keys_values)
-        compute = self.compute_s(activations + resident_activations, keys_values + resident, recompute)
-        layers = self.config.num_layers
+    def step_s(self, held: Held, recompute: Recompute, engine: Engine) -> float:
+        """One decode step."""
+        sides, layers, head_s = self.sides(held, recompute, engine), self.config.num_layers, self.profile.head_s
+        link_s, compute_s = sides["copies to the device"], sides["compute"]
         if engine == "sequential":
-            return layers * (link + compute) + self.profile.head_s
-        layer = max(link, compute, self.issue_s(activations, keys_values))
-        return layers * layer + min(link, compute) + self.profile.head_s
+            return layers * (link_s + compute_s) + head_s
+        return layers * max(sides.values()) + min(link_s, compute_s) + head_s
 
-    def slowed(
-        self, activations: int, keys_values: int, resident: int, recompute: Recompute, engine: Engine, step_s: float
-    ) -> tuple["Costs", str]:
-        """The cost model by which this step, which is predicted to take less, takes `step_s`; and what it blames.
-
-        Of link, compute and issuing, the one that the prediction is bound by is taken to be slower than profiled.
-        """
+    def sides(self, held: Held, recompute: Recompute, engine: Engine) -> dict[str, float]:
+        """What one layer takes of each thing that a step may be bound by; issuing, where copies are issued ahead."""
+        activations, keys_values = held.activations, held.keys_values
         sides = {
             "copies to the device": self.link_s(activations, keys_values),
-            "compute": self.compute_s(activations, keys_values + resident, recompute),
+            "compute": self.compute_s(activations + held.resident_activations, keys_values + held.resident, recompute),
         }
-        if engine != "sequential":
+        if engine == "overlapped":
             sides["issuing"] = self.issue_s(activations, keys_values)
+        return sides
+
+    def slowed(self, held: Held, recompute: Recompute, engine: Engine, step_s: float) -> tuple["Costs", str]:
+        """The cost model by which this step, which is predicted to take less, takes `step_s`; and what it blames.
+
+        What the prediction is bound by is taken to be slower than profiled.
+        """
+        sides = self.sides(held, recompute, engine)
         blamed = max(sides, key=lambda side: sides[side])
-        missing_s = step_s - self.step_s(activations, keys_values, resident, recompute, engine)
+        missing_s = step_s - self.step_s(held, recompute, engine)
         times = 1 + missing_s / self.config.num_layers / sides[blamed]
         changes: dict[str, Any] = {name: times * getattr(self.profile, name) for name in TIMES_OF[blamed]}
         if not changes:

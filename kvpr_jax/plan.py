@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal, get_args
 
-from kvpr_jax.costs import Costs
+from kvpr_jax.costs import Costs, Held
 from kvpr_jax.engines import Engine
 from kvpr_jax.models.attention import Recompute
 
@@ -150,9 +150,9 @@ class Plan:
         shown = [field.name for field in dataclasses.fields(self) if field.name != "costs"]
         return {name: getattr(self, name) for name in shown}
 
-    def step_s(self, activations: int, keys_values: int, resident: int) -> float:
-        """A decode step over tokens held on the host in each form and tokens on the device, in seconds."""
-        return self.costs.step_s(activations, keys_values, resident, self.recompute, self.engine)
+    def step_s(self, held: Held) -> float:
+        """A decode step over these tokens, in seconds."""
+        return self.costs.step_s(held, self.recompute, self.engine)
 
     @property
     def step_shape(self) -> tuple[Any, ...]:
@@ -160,37 +160,37 @@ class Plan:
         held = self.split, self.cached_tokens, self.resident_tokens, self.offloaded, self.tail_tokens
         return self.batch, *held, self.recompute, self.engine
 
-    def slowed(self, activations: int, keys_values: int, resident: int, step_s: float) -> tuple["Plan", str]:
+    def slowed(self, held: Held, step_s: float) -> tuple["Plan", str]:
         """The plan with costs by which a step over these tokens takes `step_s`, and what they blame."""
-        costs, blamed = self.costs.slowed(activations, keys_values, resident, self.recompute, self.engine, step_s)
+        costs, blamed = self.costs.slowed(held, self.recompute, self.engine, step_s)
         return dataclasses.replace(self, costs=costs), blamed
 
-    def holds_activations_next(self, activations: int, keys_values: int, resident: int, left: int) -> bool:
-        """Whether a new tail is to be held as activations, once it is on the host beside so many tokens of each form.
+    def holds_activations_next(self, held: Held, left: int) -> bool:
+        """Whether a new tail is to be held as activations, once it is on the host beside these tokens.
 
         A forced share is kept. Otherwise the form with which a step takes less time, as far as host memory allows:
         keys and values only if all the tails behind it still fit as activations.
 
         Args:
-            resident: tokens on the device.
             left: tails that will go to the host behind this one.
         """
-        tail = self.tail_tokens
+        activations, keys_values, tail = held.activations, held.keys_values, self.tail_tokens
         if self.forced or not self.costs.config.activations_are_smaller:
             return self.activation_share * (activations + keys_values + tail) - activations >= tail / 2
-        smaller, larger = (activations + tail, keys_values, resident), (activations, keys_values + tail, resident)
         if self.costs.cache_bytes(activations + left * tail, keys_values + tail) > self.host_limit_bytes:
             return True
-        return self.step_s(*smaller) <= self.step_s(*larger)
+        smaller = dataclasses.replace(held, activations=activations + tail)
+        larger = dataclasses.replace(held, keys_values=keys_values + tail)
+        return self.step_s(smaller) <= self.step_s(larger)
 
-    def on_host_at_the_end(self) -> tuple[int, int]:
-        """Tokens of a layer held as activations and as keys and values on the host when all tails are flushed."""
-        activations = self.split
-        keys_values = self.cached_tokens - self.resident_tokens - self.split
-        resident = self.resident_tokens + self.resident_flushes * self.tail_tokens
+    def at_the_end(self) -> Held:
+        """Tokens of a layer when all tails are flushed."""
+        held = Held(
+            activations=self.split,
+            keys_values=self.cached_tokens - self.resident_tokens - self.split,
+            resident=self.resident_tokens + self.resident_flushes * self.tail_tokens,
+        )
         for left in reversed(range(self.flushes - self.resident_flushes)):
-            if self.holds_activations_next(activations, keys_values, resident, left):
-                activations += self.tail_tokens
-            else:
-                keys_values += self.tail_tokens
-        return activations, keys_values
+            form = "activations" if self.holds_activations_next(held, left) else "keys_values"
+            held = dataclasses.replace(held, **{form: getattr(held, form) + self.tail_tokens})
+        return held

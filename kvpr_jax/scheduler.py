@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from kvpr_jax import memory
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.costs import Costs, buckets
+from kvpr_jax.costs import Costs, Held, buckets
 from kvpr_jax.engines import WINDOW, window, window_bytes
 from kvpr_jax.models.attention import Recompute, fused
 from kvpr_jax.plan import Plan, Request, Workload
@@ -57,12 +57,11 @@ def candidates(plan: Plan) -> list[Candidate]:
     costs, tokens = plan.costs, plan.cached_tokens - plan.resident_tokens
 
     def candidate(split: int, recompute: Recompute) -> Candidate:
-        held, layers = (split, tokens - split), costs.config.num_layers
-        compute_s = costs.compute_s(split, tokens - split + plan.resident_tokens, recompute)
-        step_s = costs.step_s(*held, plan.resident_tokens, recompute, plan.engine)
-        return Candidate(
-            split, recompute, layers * costs.link_s(*held), layers * compute_s, step_s, costs.cache_bytes(*held)
-        )
+        held, layers = Held(split, tokens - split, plan.resident_tokens), costs.config.num_layers
+        sides = costs.sides(held, recompute, plan.engine)
+        link_s, compute_s = layers * sides["copies to the device"], layers * sides["compute"]
+        step_s = costs.step_s(held, recompute, plan.engine)
+        return Candidate(split, recompute, link_s, compute_s, step_s, costs.cache_bytes(split, tokens - split))
 
     other: Recompute = "absorb" if plan.recompute == "project" else "project"
     best = min((candidate(split, other) for split in buckets(tokens) if split), key=lambda c: c.step_s, default=None)
@@ -110,10 +109,10 @@ def make_plan(
         limit = min(limit, int(request.host_cache_gib * memory.GIB))
 
     def plan_of(split: int, reason: str) -> Plan:
-        held = (split, prompt - split) if prompt else (0, 0)
+        held = Held(split, prompt - split, resident) if prompt else Held(0, 0, resident)
         plan = Plan(
             batch=workload.batch,
-            split=held[0],
+            split=held.activations,
             cached_tokens=workload.prompt_tokens,
             resident_tokens=resident,
             resident_flushes=min(resident_flushes, flushes),
@@ -129,12 +128,13 @@ def make_plan(
             host_bytes=0,
             host_limit_bytes=limit,
             device_bytes=0,
-            host_bytes_per_step=costs.cache_bytes(*held),
-            predicted_step_s=costs.step_s(*held, resident, recompute, request.engine),
+            host_bytes_per_step=costs.cache_bytes(held.activations, held.keys_values),
+            predicted_step_s=costs.step_s(held, recompute, request.engine),
             reason=reason,
             costs=costs,
         )
-        layer_bytes = costs.host_bytes(*plan.on_host_at_the_end())
+        held = plan.at_the_end()
+        layer_bytes = costs.host_bytes(held.activations, held.keys_values)
         token_bytes = costs.cache_bytes(0, 1)
         resident_bytes = (resident + plan.resident_flushes * tail) * token_bytes
         tails = (2 if flushes else 1) * tail * token_bytes  # while full ones leave, empty ones are there
@@ -146,7 +146,7 @@ def make_plan(
         )
 
     def remaining_s(split: int) -> float:
-        step_s = costs.step_s(split, tokens - split, resident, recompute, request.engine)
+        step_s = costs.step_s(Held(split, tokens - split, resident), recompute, request.engine)
         compile_s = 0.0 if plans[split].step_shape in compiled else profile.compile_s
         return max(1, workload.new_tokens - 1) * step_s + compile_s
 

@@ -30,9 +30,8 @@ from kvpr_jax.models import Model, released
 from kvpr_jax.plan import Plan, Request
 from kvpr_jax.profiling import link, matmul, plain, plot, profile, report, timing
 from kvpr_jax.runtime import Decoder
-from kvpr_jax.segments import Activations
 
-WARM_UP_STEPS = 2  # enough to compile all that a run without flushes needs
+WARM_UP_STEPS = 2  # enough to compile all that comes before a flush
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,15 +137,18 @@ def name_of(model: str) -> str:
 
 
 def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, request: Request) -> dict[str, Any]:
-    """Prefill and time every decode step of one setting, once all is compiled and the pinned memory is reserved."""
+    """Prefill and time every decode step of one setting, once its first steps are compiled and the pinned memory is
+    reserved; what a flush makes necessary is compiled beside the steps, as in any run."""
     plan = decoder.plan(prompts, steps + 1, request)
-    short, short_steps = shortened(decoder, plan), steps if plan.flushes else min(steps, WARM_UP_STEPS)
-    first_s, later_s = (sum_of(run(short, prompts, plan, short_steps)[0]) for _ in range(2))
+    short, warm_up = shortened(decoder, plan), min(steps, WARM_UP_STEPS)
+    first_s, later_s = (sum_of(run(short, prompts, plan, warm_up)[0]) for _ in range(2))
     times, cache, logits = run(decoder, prompts, plan, steps)
     return {
         "plan": plan.as_dict(),
         "compile_s": max(0.0, first_s - later_s),
         **times,
+        "recompiled": cache.recompiled,
+        "longest_wait_s": cache.longest_wait_s,
         "cache_host_bytes": sum(s.nbytes for layer in range(len(cache.layers)) for s in cache.on_host(layer)),
         "compute_s": compute_s(decoder, cache, logits),
     } | needed(decoder, plan)
@@ -197,7 +199,7 @@ def run(
     prefill_s = time.perf_counter() - begin
     columns, logits = timed_steps(
         lambda tokens: decoder.step(cache, tokens), logits, steps,
-        lambda: {"step_bytes": cache.bytes_per_step, "predicted_step_s": predicted_s(cache)},
+        lambda: {"step_bytes": cache.bytes_per_step, "predicted_step_s": cache.predicted_step_s},
     )  # fmt: skip
     return {"prefill_s": prefill_s} | columns, cache, logits
 
@@ -233,19 +235,6 @@ def timed_steps(
         bytes_now = {"pinned_bytes": pinned, "other_host_bytes": other, "device_bytes": in_use}
         taken.append({"step_s": step_s} | state() | bytes_now)
     return {name: [of_step[name] for of_step in taken] for name in taken[0]}, logits
-
-
-def predicted_s(cache: Cache) -> float:
-    """What the plan's cost model predicts of the step that the cache has just taken.
-
-    All slots of a tail are computed, those that are not written yet too.
-    """
-    plan, held = cache.plan, cache.tokens()
-    activations = plan.tail_tokens if isinstance(cache.tails[0], Activations) else 0
-    resident = held["resident"] + plan.tail_tokens - activations
-    return plan.costs.step_s(
-        held["activations"], held["keys_values"], resident, plan.recompute, plan.engine, activations
-    )
 
 
 def compute_s(decoder: Decoder, cache: Cache, logits: Array) -> float:
@@ -342,6 +331,8 @@ def growth(results: list[dict[str, Any]]) -> list[dict[str, str]]:
             "whole run (tokens/s)": f"{tokens / sum(step_s):.1f}",
             "steady states (tokens/s)": f"{tokens / steady_s:.1f}",
             "whole run / steady states": f"{steady_s / sum(step_s):.3f}",
+            "recompiled": str(result["recompiled"]),
+            "longest wait (ms)": f"{result['longest_wait_s'] * 1e3:.1f}",
         })  # fmt: skip
     return lines
 

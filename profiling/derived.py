@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.costs import Costs
+from kvpr_jax.costs import Costs, Held
 from kvpr_jax.profiling import decode
 from kvpr_jax.profiling.device import Device, Weights
 
@@ -118,7 +118,8 @@ class Report:
         costs = Costs(self.config, self.dtype.itemsize, self.batch, device.profile(self.config, self.dtype, self.batch))
         plan = result["plan"]
         keys_values = plan["cached_tokens"] - plan["resident_tokens"] - plan["split"]
-        return costs.step_s(plan["split"], keys_values, plan["resident_tokens"], plan["recompute"], plan["engine"])
+        held = Held(plan["split"], keys_values, plan["resident_tokens"])
+        return costs.step_s(held, plan["recompute"], plan["engine"])
 
 
 def reports() -> list[Report]:

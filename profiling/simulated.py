@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from kvpr_jax import checkpoint, command_line
 from kvpr_jax.command_line import FAILURE, Parser, failing_with
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.costs import buckets
+from kvpr_jax.costs import Held, buckets
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.plan import Request, Workload
 from kvpr_jax.profiling import decode, derived, device, profile, report
@@ -197,7 +197,7 @@ def gains(name: str, model: str, dtype: jnp.dtype, workload: Workload) -> dict[s
     except MemoryError:
         return row | dict(zip(columns, ("no room beside the weights", "-", "-", "-"), strict=True))
     costs, tokens = plans[0].costs, workload.prompt_tokens
-    streamed_s = costs.step_s(0, tokens, 0, "project", "overlapped")
+    streamed_s = costs.step_s(Held(0, tokens), "project", "overlapped")
     paper_s = {split: costs.two_phase_step_s(split, tokens - split) for split in buckets(tokens)}
     split = min(paper_s, key=lambda split: paper_s[split])
     cells = [

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import OPT, profile
-from kvpr_jax.costs import Costs
+from kvpr_jax.costs import Costs, Held
 from kvpr_jax.pace import SLOW, STEPS, Pace
 
 
@@ -47,7 +47,7 @@ def test_slowed_costs_predict_what_was_measured(
     activations, keys_values, resident, bandwidth, dispatch_s, times, recompute, engine
 ):
     machine = profile(to_device=[(2**16, 2**16 / bandwidth), (2**24, 2**24 / bandwidth)], dispatch_s=dispatch_s)
-    costs, held = Costs(OPT, 4, 2, machine), (activations, keys_values, resident, recompute, engine)
+    costs, held = Costs(OPT, 4, 2, machine), (Held(activations, keys_values, resident), recompute, engine)
     measured_s = times * costs.step_s(*held)
     slowed, blamed = costs.slowed(*held, step_s=measured_s)
     assert slowed.step_s(*held) == pytest.approx(measured_s, rel=1e-6)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from helpers import GQA, LLAMA, OPT, profile
 from kvpr_jax import memory, scheduler
-from kvpr_jax.costs import Costs, buckets
+from kvpr_jax.costs import Costs, Held, buckets
 from kvpr_jax.plan import Request, Workload
 from kvpr_jax.scheduler import make_plan
 
@@ -140,15 +140,15 @@ def test_new_tails_take_the_form_that_pays_within_the_hosts_budget(recompute, sp
     request = Request(recompute=recompute, offload="all", tail_tokens=64, host_cache_gib=fewest * (1 + spare) / GIB)
     plan = make_plan(OPT_6_7B, jnp.dtype("float16"), Workload(32, 1024, 1025), request, machine, 900 * GIB, 900 * GIB)
     assert plan.flushes == 15
-    held = [plan.split, 1024 - plan.split]
+    held = (plan.split, 1024 - plan.split)
     for tail in range(15):
-        wanted = plan.holds_activations_next(*held, resident=0, left=14 - tail)
+        wanted = plan.holds_activations_next(Held(*held), left=14 - tail)
         options = {True: (held[0] + 64, held[1]), False: (held[0], held[1] + 64)}
-        step_s = {form: plan.step_s(*option, 0) for form, option in options.items()}
+        step_s = {form: plan.step_s(Held(*option)) for form, option in options.items()}
         worst = 32 * 32 * (options[False][0] * 4096 + options[False][1] * 8192 + (14 - tail) * 64 * 4096) * 2
         assert wanted == (worst > plan.host_limit_bytes or step_s[True] <= step_s[False])
-        held = list(options[wanted])
-    assert plan.on_host_at_the_end() == tuple(held)
+        held = options[wanted]
+    assert plan.at_the_end() == Held(*held)
     assert plan.host_bytes == 32 * 32 * (held[0] * 4096 + held[1] * 8192) * 2 <= plan.host_limit_bytes
     if recompute == "project" and spare == 1.0:
         assert 0 < held[1] - (1024 - plan.split) < 960  # some of each form
@@ -164,16 +164,17 @@ def test_the_device_is_filled_first_and_the_rest_spills_on_the_way(share):
     assert plan.offloaded and plan.resident_tokens == 64 and plan.host_bytes_per_step == 0
     stays = plan.resident_tokens + plan.resident_flushes * 16
     assert stays + 16 <= share * 1024 < stays + 2 * 16
-    on_host = sum(plan.on_host_at_the_end())
+    end = plan.at_the_end()
+    on_host = end.activations + end.keys_values
     assert on_host == 64 + plan.flushes * 16 - stays and plan.host_bytes > 0
 
 
 def test_the_papers_schedule_gains_less():
     """On an H200 the paper's two phases reach at most 1.57x for OPT-6.7B, the pipelined schedule about 2x."""
     costs = costs_of(dataclasses.replace(H200, base_s=0.0, head_s=0.0, keys_values_token_s=0.0))
-    streamed = costs.step_s(0, 1024, 0, "project", "overlapped")
+    streamed = costs.step_s(Held(0, 1024), "project", "overlapped")
     paper = min(costs.two_phase_step_s(split, 1024 - split) for split in buckets(1024))
-    ours = min(costs.step_s(split, 1024 - split, 0, "absorb", "overlapped") for split in buckets(1024))
+    ours = min(costs.step_s(Held(split, 1024 - split), "absorb", "overlapped") for split in buckets(1024))
     assert streamed / paper == pytest.approx(1.57, abs=0.03)
     assert streamed / ours == pytest.approx(2.0, abs=0.1)
 
