@@ -21,7 +21,7 @@ from flax import nnx
 
 from kvpr_jax import memory, steps
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.models import Model
+from kvpr_jax.models import Model, abstract
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling import link
 from kvpr_jax.profiling.timing import issued_s, median_s, trials_s
@@ -29,9 +29,9 @@ from kvpr_jax.sampling import Sampling, prompt_keys
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
 VERSION = 3  # of the file's meaning
-PROBE_TOKENS = 16384  # over the batch: tokens in the segment whose cost is measured
+PROBE_TOKENS, PROBE_TOKENS_ON_CPU = 16384, 1024  # over the batch: tokens in the segment whose cost is measured
 CALLS = 8  # layer steps dispatched together, as the engine does
-LONG_S = 1.0  # of those: more is measured by single calls, so that a slow machine is done in seconds too
+LONG_S = 0.1  # of those: more is measured by single calls, so that a slow machine is done in seconds too
 ENOUGH_S = 12.0  # of measuring: then only the smallest size is copied in the ways that no plan asks for
 
 
@@ -152,20 +152,21 @@ def measure(
     Args:
         progress: called with (measurements done, measurements in all).
     """
-    one = Model(dataclasses.replace(config, num_layers=1), dtype=dtype, rngs=nnx.Rngs(0))
-    layer = steps.split_module(one.layers[0])
-    tokens = max(64, min(PROBE_TOKENS // batch, 2048))
+    one = _some(abstract(dataclasses.replace(config, num_layers=1), dtype))
+    probe = PROBE_TOKENS_ON_CPU if memory.device_memory_is_host_memory() else PROBE_TOKENS
+    tokens = max(32, min(probe // batch, 2048))
     slots = jnp.arange(tokens, dtype=jnp.int32)
-    x = jax.random.normal(jax.random.key(0), (batch, tokens, config.hidden_size), dtype)
-    kv = jax.random.normal(jax.random.key(1), (batch, tokens, config.num_kv_heads, config.head_dim), dtype)
+    x = _numbers((batch, tokens, config.hidden_size), dtype)
+    kv = _numbers((batch, tokens, config.num_kv_heads, config.head_dim), dtype)
     activations, keys_values = memory.placed((Activations(x, slots), KeysValues(kv, kv, slots)))
 
-    layer_s = functools.partial(_layer_s, layer, batch, config, dtype)
+    calls = functools.partial(_calls, one, batch)
     measurements: dict[Any, Callable[[], Any]] = {
-        "empty": functools.partial(layer_s, ()),
-        "keys_values": functools.partial(layer_s, (keys_values,)),
-        "project": functools.partial(layer_s, (activations,), "project"),
-        "absorb": functools.partial(layer_s, (activations,), "absorb"),
+        "empty": lambda: _run_s(calls(())),
+        "keys_values": lambda: _run_s(calls((keys_values,))),
+        "project": lambda: _run_s(calls((activations,), "project")),
+        "absorb": lambda: _run_s(calls((activations,), "absorb")),
+        "dispatch": lambda: _dispatch_s(calls(()), measured["empty"][1]),
         "mlp": functools.partial(_mlp_s, one, batch),
         "head": functools.partial(_head_s, one, batch),
         "issue": link.issue_s,
@@ -185,7 +186,7 @@ def measure(
         way: [(size, measured[way, size]) for size in link.sizes(way) if (way, size) in measured]
         for way in get_args(link.Way)
     }
-    compile_s, base_s, dispatch_s = measured["empty"]
+    compile_s, base_s = measured["empty"]
 
     def token_s(form: str) -> float:
         return max(0.0, measured[form][1] - base_s) / tokens
@@ -201,27 +202,34 @@ def measure(
         project_token_s=token_s("project"),
         absorb_token_s=token_s("absorb"),
         head_s=measured["head"],
-        dispatch_s=dispatch_s,
+        dispatch_s=min(measured["dispatch"], base_s),
         issue_s=measured["issue"],
         compile_s=compile_s,
     )
 
 
-def _layer_s(
-    layer: tuple[steps.Definition, steps.Params],
-    batch: int,
-    config: ModelConfig,
-    dtype: jnp.dtype,
-    segments: tuple[Segment, ...],
-    recompute: Recompute = "project",
-) -> tuple[float, float, float]:
-    """Seconds to compile one layer step over these segments, to run it, and to issue it."""
+def _numbers(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Numbers that are nothing special, repeated: on a CPU a layer of random ones takes long to draw."""
+    some = 0.02 * jax.random.normal(jax.random.key(0), (2**16 + 1,), dtype)
+    return jnp.resize(some, shape)
+
+
+def _some(model: Model) -> Model:
+    """A model of these shapes, with such numbers."""
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: _numbers(leaf.shape, leaf.dtype), state))
+
+
+def _calls(
+    model: Model, batch: int, segments: tuple[Segment, ...], recompute: Recompute = "project"
+) -> Callable[[int], jax.Array]:
+    """A function that issues so many steps of one layer over these segments, one after the other."""
+    config, dtype = model.config, model.dtype
     shape = (batch, 1, config.num_kv_heads, config.head_dim)
     place = Place(jnp.array([2**20], jnp.int32), None)
     h = memory.placed(jnp.ones((batch, 1, config.hidden_size), dtype))
     tail: Segment = memory.placed(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.array(place.slots)))
-
-    definition, params = layer
+    definition, params = steps.split_module(model.layers[0])
 
     def calls(count: int) -> jax.Array:
         nonlocal tail
@@ -232,13 +240,22 @@ def _layer_s(
             )
         return out
 
+    return calls
+
+
+def _run_s(calls: Callable[[int], Any]) -> tuple[float, float]:
+    """Seconds to compile what `calls` issues so many times, and to run it once."""
     first_s, *later = trials_s(lambda: calls(1), trials=3, warm_up=0)
     run_s = min(later)
-    together = CALLS if CALLS * run_s < LONG_S else 1
-    if together > 1:
-        run_s = median_s(lambda: calls(together)) / together
-    issue_s = issued_s(lambda: calls(together), trials=5 if together > 1 else 1) / together
-    return max(0.0, first_s - run_s), run_s, min(issue_s, run_s)
+    if CALLS * run_s < LONG_S:
+        run_s = median_s(lambda: calls(CALLS)) / CALLS
+    return max(0.0, first_s - run_s), run_s
+
+
+def _dispatch_s(calls: Callable[[int], Any], run_s: float) -> float:
+    """Seconds that the host needs to issue one layer step, which takes `run_s` on the device."""
+    count, trials = (CALLS, 5) if CALLS * run_s < LONG_S else (1, 1)
+    return issued_s(lambda: calls(count), trials) / count
 
 
 def _mlp_s(model: Model, batch: int) -> float:
@@ -246,7 +263,7 @@ def _mlp_s(model: Model, batch: int) -> float:
     definition, params = steps.split_module(model.layers[0].mlp)
     h = memory.placed(jnp.ones((batch, 1, model.config.hidden_size), model.dtype))
     run = jax.jit(lambda params, h: definition.module(params)(h))
-    return median_s(lambda: [run(params, h) for _ in range(CALLS)]) / CALLS
+    return _run_s(lambda count: [run(params, h) for _ in range(count)])[1]
 
 
 def _head_s(model: Model, batch: int) -> float:

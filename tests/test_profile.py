@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import OPT, profile, random_model
+from helpers import OPT, profile
 from kvpr_jax import checkpoint, command_line, memory
 from kvpr_jax.profiling import link
 from kvpr_jax.profiling import profile as profiles
@@ -32,7 +32,7 @@ def key():
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(link, "SIZES", (2**16, 2**20))
-    monkeypatch.setattr(profiles, "PROBE_TOKENS", 128)
+    monkeypatch.setattr(profiles, "PROBE_TOKENS_ON_CPU", 128)
 
 
 @pytest.fixture
@@ -176,19 +176,18 @@ def test_copies_go_where_they_are_said_to(monkeypatch):
 def test_progress_reaches_its_total(small):
     calls = []
     profiles.measure(OPT, FLOAT32, 2, lambda done, total: calls.append((done, total)))
-    total = 4 + 3 + 2 + 1 + 1  # layers; MLP, head and issuing a copy; copies each way and both
+    total = 4 + 4 + 2 + 1 + 1  # layers; issuing a step, MLP, head, issuing a copy; copies each way and both
     assert calls == [(done, total) for done in range(1, total + 1)]
 
 
 def test_long_steps_are_measured_by_few_calls(monkeypatch):
     """The first one compiles; one that takes long is not repeated."""
-    layer, repeated, seconds = profiles.steps.split_module(random_model(OPT).layers[0]), [], iter([5.0, 0.5, 0.4])
+    repeated, seconds = [], iter([5.0, 0.5, 0.4])
     monkeypatch.setattr(profiles, "trials_s", lambda function, trials, warm_up: [next(seconds) for _ in range(trials)])
     monkeypatch.setattr(profiles, "median_s", lambda function: repeated.append(function) or 0.08)
-    monkeypatch.setattr(profiles, "issued_s", lambda function, trials: 0.003 if trials == 1 else 0.024)
-    assert profiles._layer_s(layer, 1, OPT, FLOAT32, ()) == (4.6, 0.4, 0.003) and not repeated
-    seconds = iter([5.0, 0.03, 0.02])
-    assert profiles._layer_s(layer, 1, OPT, FLOAT32, ()) == (4.99, 0.01, 0.003) and len(repeated) == 1
+    assert profiles._run_s(lambda count: None) == (4.6, 0.4) and not repeated
+    seconds = iter([5.0, 0.03, 0.01])
+    assert profiles._run_s(lambda count: None) == (4.99, 0.01) and len(repeated) == 1
 
 
 def test_what_takes_too_long_is_left_out(small, monkeypatch):
