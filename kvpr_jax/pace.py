@@ -5,6 +5,7 @@ import statistics
 
 STEPS = 32  # compared together: their lower median passes over a flush, or a moment's work of another process
 SLOW = 1.5  # times the prediction: a miss
+SLOW_S = 2e-3  # and so much longer: less is the host's own, which no plan can change
 
 
 class Pace:
@@ -27,7 +28,7 @@ class Pace:
         if len(self.steps) < STEPS:
             return None
         times = statistics.median_low(measured / predicted for measured, predicted in self.steps)
-        if times <= SLOW:
+        if times <= SLOW or (times - 1) * predicted_s < SLOW_S:
             return None
         self.steps.clear()
         return times

@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 
 from helpers import OPT, profile
 from kvpr_jax.costs import Costs, Held
-from kvpr_jax.pace import SLOW, STEPS, Pace
+from kvpr_jax.pace import SLOW, SLOW_S, STEPS, Pace
 
 
-def misses(pace: Pace, times: list[float]) -> list[float]:
+def misses(pace: Pace, times: list[float], predicted_s: float = 0.01) -> list[float]:
     """What is said of steps that take so many times their prediction."""
-    return [found for each in times if (found := pace.lasting_miss(0.01 * each, 0.01)) is not None]
+    return [found for each in times if (found := pace.lasting_miss(predicted_s * each, predicted_s)) is not None]
 
 
 def test_a_miss_is_one_that_lasts():
@@ -26,6 +26,10 @@ def test_counting_begins_anew_behind_a_miss():
     pace = Pace()
     assert misses(pace, [3.0] * STEPS) == [3.0]
     assert misses(pace, [3.0] * (STEPS - 1)) == [] and misses(pace, [3.0]) == [3.0]
+
+
+def test_a_millisecond_is_no_miss():
+    assert misses(Pace(), [2.0] * STEPS, SLOW_S * 0.99) == [] and misses(Pace(), [2.0] * STEPS, SLOW_S) == [2.0]
 
 
 def test_fast_steps_may_be_those_of_a_slow_reader():
