@@ -10,6 +10,7 @@ import pytest
 from helpers import OPT, profile
 from kvpr_jax import memory, scheduler
 from kvpr_jax.cache import MERGE, Cache
+from kvpr_jax.costs import Held
 from kvpr_jax.pace import STEPS
 from kvpr_jax.plan import Request, Workload
 from kvpr_jax.profiling.profile import Profile
@@ -113,6 +114,19 @@ def test_a_link_that_stays_slow_is_told_once_and_later_tails_are_smaller():
     for _ in range(STEPS):
         cache.observe(2 * cache.predicted_step_s)
     assert cache.miss is told
+
+
+@pytest.mark.parametrize("split", [0, PROMPT])
+def test_a_step_is_predicted_with_its_tail_in_its_own_form(split):
+    cache = new_cache(split)
+    held = Held(split, PROMPT - split, *((0, TAIL) if split else (TAIL, 0)))
+    assert cache.predicted_step_s == cache.plan.step_s(held) != cache.plan.step_s(Held(split, PROMPT - split))
+    given = cache.plan.costs.profile
+    each_s = given.project_token_s if split else given.keys_values_token_s
+    link_s = cache.plan.costs.link_s(split, PROMPT - split)
+    compute_s = given.base_s + (PROMPT + TAIL) * each_s
+    assert link_s < compute_s
+    assert cache.predicted_step_s == pytest.approx(CONFIG.num_layers * compute_s + link_s + given.head_s)
 
 
 @pytest.mark.parametrize("split, offload", [(0, "all"), (None, "none")])

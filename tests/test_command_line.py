@@ -19,7 +19,7 @@ from test_checkpoint import change_config, write, write_tokenizer
 
 import kvpr_jax
 from helpers import OPT, profile, random_model
-from kvpr_jax import Decoder, checkpoint, command_line, memory, stream
+from kvpr_jax import Decoder, checkpoint, command_line, memory, pace, stream
 from kvpr_jax.profiling import profile as profiles
 from kvpr_jax.profiling import simulated
 
@@ -173,7 +173,7 @@ def test_the_plan_is_printed_and_nothing_is_run(run, monkeypatch, directory, cou
     assert run("--prompt", PROMPT, "--plan", "--offload", "none").out.count("\n") == 1
 
 
-def test_a_plan_for_a_device_that_is_not_here(run, directory, tmp_path):
+def test_a_plan_for_a_device_that_is_not_here(run, directory, monkeypatch, tmp_path):
     """By its times, within its memory. A profile from a file serves a run as well."""
     plan = ["--prompt", PROMPT, "--max-new-tokens", "4", "--plan", "--json", "--dtype", "float16"]
     shipped = one_object(run(*plan, "--profile", "nvidia-l4").out)["plan"]
@@ -190,6 +190,21 @@ def test_a_plan_for_a_device_that_is_not_here(run, directory, tmp_path):
     assert told["plan"]["predicted_step_s"] > 0.5 and told["outputs"][0]["text"]
     unknown = run(*plan, "--profile", "nvidia-l5")
     expect_error(unknown, command_line.USAGE, "profile 'nvidia-l5' is neither a file nor one of the devices")
+    monkeypatch.setattr(simulated, "given", lambda *_: (slow, 1000))
+    expect_error(run("--prompt", PROMPT, "--plan", "--profile", "small"), command_line.FAILURE, "not enough device")
+    assert run("--prompt", PROMPT, "--profile", "small").code == 0  # in this machine's memory
+
+
+def test_steps_that_stay_slower_than_predicted_are_told_once(run, monkeypatch):
+    fast = profile(base_s=1e-7, head_s=0.0, to_device=[(2**20, 1e-7), (2**26, 1e-6)], dispatch_s=0.0, issue_s=0.0)
+    monkeypatch.setattr(profiles, "load_or_measure", lambda *_: fast)
+    monkeypatch.setattr(pace, "STEPS", 3)
+    monkeypatch.setattr(pace, "SLOW_S", 0.0)
+    result = run("--prompt", PROMPT, "--offload", "all")
+    assert result.err.count("were predicted: ") == 1 and result.err.count("\n") == 3  # plan, miss, statistics
+    told = one_object(run("--prompt", PROMPT, "--offload", "all", "--json", "--quiet").out)["stats"]
+    assert "were predicted: " in told["miss"] and told["recompiled"] == 0 and told["longest_wait_s"] == 0.0
+    assert one_object(run("--prompt", PROMPT, "--split", "3", "--json").out)["stats"]["miss"] is None
 
 
 def test_a_budget_that_is_too_small_is_refused_before_the_model_is_loaded(run, monkeypatch):

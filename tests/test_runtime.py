@@ -190,6 +190,13 @@ def test_small_layers_get_a_wider_window():
     assert engines.engine_for("overlapped", 10 * mib).window == 25
 
 
+def test_the_most_that_a_window_takes_holds_for_all_smaller_layers_too():
+    mib, most = 2**20, 0
+    for layer_bytes in [*range(mib // 4, 300 * mib, mib // 4)]:
+        most = max(most, engines.window(layer_bytes) * layer_bytes)
+        assert most <= engines.window_bytes(layer_bytes) <= max(engines.WINDOW_BYTES, engines.WINDOW * layer_bytes)
+
+
 def test_a_cache_that_is_dropped_is_freed_at_once():
     """Gigabytes of pinned memory cannot wait for the garbage collector."""
     decoder = Decoder(random_model(OPT))
