@@ -12,6 +12,7 @@ equal length in one place are merged, so their number grows with the logarithm o
 import collections
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable
 from concurrent import futures
 
@@ -100,11 +101,12 @@ class Cache:
         """Make every layer's full tail its next segment, on the device or on the host, and begin anew."""
         if self.preparing is not None:
             begin = time.perf_counter()
-            futures.wait([self.preparing])
+            if failed := self.preparing.exception():
+                warnings.warn(f"what comes behind a flush could not be compiled ahead: {failed!r}", stacklevel=2)
             self.longest_wait_s = max(self.longest_wait_s, time.perf_counter() - begin)
         jax.block_until_ready(self.tails)  # no layer is being computed whose segments a new engine would not know of
         with jax.profiler.TraceAnnotation("flush"):
-            to_host = self._leaves(self.flushes)
+            to_host = self.plan.leaves(self.flushes)
             for layer, tail in enumerate(self.tails):
                 full = memory.to_host(tail) if to_host else tail
                 self.layers[layer] = _merged((*self.layers[layer], full), _join)
@@ -112,6 +114,7 @@ class Cache:
             self._new_tails()
         if self._slowed is not None:
             self.plan, self._slowed = self._slowed, None
+            self.predicted_step_s = self.plan.step_s(self._read())
 
     def observe(self, step_s: float) -> None:
         """Take note of how long the last step took. Where steps miss the prediction for long, later tails are planned
@@ -122,7 +125,7 @@ class Cache:
         if times is None or not revisable:
             return
         measured_s = times * self.predicted_step_s
-        self._slowed, blamed = plan.slowed(self._held_in_a_step(), measured_s)
+        self._slowed, blamed = plan.slowed(self._read(), measured_s)
         if self.miss is None:
             self.miss = (
                 f"decode steps take {measured_s * 1e3:.2f} ms, {self.predicted_step_s * 1e3:.2f} ms were predicted: "
@@ -141,7 +144,7 @@ class Cache:
         Args:
             join: gives the shapes and the place of segments that become one.
         """
-        full = memory.described(self.tails[0], host=self._leaves(self.flushes))
+        full = memory.described(self.tails[0], host=self.plan.leaves(self.flushes))
         segments = _merged((*memory.described(self.layers[0]), full), join)
         empty = self._tail_form(segments, self.flushes + 1)
         return segments, memory.described(empty(self))  # made, so that what makes it is compiled as well
@@ -161,20 +164,15 @@ class Cache:
         self.engine = engine_for(self.plan.engine, layer_bytes)
         empty = self._tail_form(self.layers[0], self.flushes)
         self.tails = [memory.placed(empty(self)) for _ in self.layers]
-        self.predicted_step_s = self.plan.step_s(self._held_in_a_step())
+        self.predicted_step_s = self.plan.step_s(self._read())
 
-    def _held_in_a_step(self) -> Held:
-        """Tokens that a step reads. The tail is on the device, and read whole, slots that are not written yet too."""
+    def _read(self) -> Held:
+        """Tokens that a step reads: the tail whole, slots that are not written yet too."""
         return _held((*self.layers[0], self.tails[0]))
-
-    def _leaves(self, index: int) -> bool:
-        """Whether the tail of this index goes to the host when it is full."""
-        return self.plan.offloaded and index >= self.plan.resident_flushes
 
     def _tail_form(self, segments: tuple[Segment, ...], index: int) -> Callable[["Cache"], Segment]:
         """What makes the tail of this index beside these segments of a layer."""
-        left = max(0, self.plan.flushes - index - 1)
-        smaller = self._leaves(index) and self.plan.holds_activations_next(_held(segments), left)
+        smaller = self.plan.tail_is_activations(_held(segments), index)
         return _empty_activations if smaller else _empty_keys_values
 
 
@@ -187,7 +185,8 @@ def _held(segments: tuple[Segment, ...]) -> Held:
 
 
 def _tail_slots(cache: Cache) -> Int[Array, " T"]:
-    return jnp.arange(cache.length, cache.length + cache.plan.tail_tokens, dtype=jnp.int32)
+    first = cache.length  # read once: another thread may be a step ahead
+    return jnp.arange(first, first + cache.plan.tail_tokens, dtype=jnp.int32)
 
 
 def _empty_activations(cache: Cache) -> Activations:

@@ -7,6 +7,7 @@ Layer i+1's copies run beside layer i's compute, and the host issues both:
     issue_s(l)   = cost of issuing the layer's step, and its copies where they are not part of it
     step_s(l)    = L · max(link_s, compute_s, issue_s) + first copy or last compute + head
 
+A form's tokens count as one copy, or two, however many segments they are in: merging keeps those few.
 `two_phase_step_s` is the cost model of the paper (arXiv 2411.17089, equations 8 to 11), kept for comparison.
 """
 
@@ -23,7 +24,7 @@ BUCKETS = 16  # split points tried, about
 TIMES_OF = {  # each side of a step: the profile's times that make it up
     "copies to the device": (),  # by size
     "compute": ("base_s", "keys_values_token_s", "project_token_s", "absorb_token_s"),
-    "issuing": ("dispatch_s", "issue_s"),
+    "dispatch": ("dispatch_s", "issue_s"),
 }
 
 
@@ -91,14 +92,14 @@ class Costs:
         return layers * max(sides.values()) + min(link_s, compute_s) + head_s
 
     def sides(self, held: Held, recompute: Recompute, engine: Engine) -> dict[str, float]:
-        """What one layer takes of each thing that a step may be bound by; issuing, where copies are issued ahead."""
+        """What one layer takes of each thing that a step may be bound by; dispatch, where the host runs ahead."""
         activations, keys_values = held.activations, held.keys_values
         sides = {
             "copies to the device": self.link_s(activations, keys_values),
             "compute": self.compute_s(activations + held.resident_activations, keys_values + held.resident, recompute),
         }
         if engine == "overlapped":
-            sides["issuing"] = self.issue_s(activations, keys_values)
+            sides["dispatch"] = self.issue_s(activations, keys_values)
         return sides
 
     def slowed(self, held: Held, recompute: Recompute, engine: Engine, step_s: float) -> tuple["Costs", str]:

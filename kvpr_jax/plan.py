@@ -109,7 +109,7 @@ class Plan:
         resident_flushes: full tails that stay there too, before the first one that goes to the host.
         offloaded: whether any of the cache goes to the host; otherwise full tails stay on the device too.
         recompute, engine: see `Request`.
-        activation_share: part of the host's tokens held as activations at the beginning.
+        activation_share: part of the prompt's tokens on the host that is held as activations.
         forced: whether the user chose that share, which new segments then keep.
         tail_tokens: T of the tail.
         flushes: full tails that become segments during the run.
@@ -120,6 +120,7 @@ class Plan:
         host_bytes_per_step: bytes that cross the link in the first decode step.
         predicted_step_s: the first decode step.
         reason: why this split, in a sentence.
+        unfit_splits: splits that were not to choose from, since the memory would not hold them to the end of the run.
         costs: the cost model that it was chosen by.
     """
 
@@ -143,6 +144,7 @@ class Plan:
     host_bytes_per_step: int
     predicted_step_s: float
     reason: str
+    unfit_splits: tuple[int, ...]
     costs: Costs = dataclasses.field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -153,6 +155,24 @@ class Plan:
     def step_s(self, held: Held) -> float:
         """A decode step over these tokens, in seconds."""
         return self.costs.step_s(held, self.recompute, self.engine)
+
+    def leaves(self, index: int) -> bool:
+        """Whether the tail of this index goes to the host when it is full."""
+        return self.offloaded and index >= self.resident_flushes
+
+    def tail_is_activations(self, held: Held, index: int) -> bool:
+        """The form of the tail of this index beside these tokens: that in which it will be on the host.
+
+        Keys and values, which need no recompute, where it stays on the device, as the last one of the run does.
+        """
+        if not self.leaves(index) or index == self.flushes:
+            return False
+        return self.holds_activations_next(held, max(0, self.flushes - index - 1))
+
+    def with_tail(self, held: Held, index: int) -> Held:
+        """All tokens that a step reads: the tail is on the device, and read whole, slots not written yet too."""
+        form = "resident_activations" if self.tail_is_activations(held, index) else "resident"
+        return dataclasses.replace(held, **{form: getattr(held, form) + self.tail_tokens})
 
     @property
     def step_shape(self) -> tuple[Any, ...]:
@@ -190,7 +210,7 @@ class Plan:
             keys_values=self.cached_tokens - self.resident_tokens - self.split,
             resident=self.resident_tokens + self.resident_flushes * self.tail_tokens,
         )
-        for left in reversed(range(self.flushes - self.resident_flushes)):
-            form = "activations" if self.holds_activations_next(held, left) else "keys_values"
+        for index in range(self.resident_flushes, self.flushes):
+            form = "activations" if self.tail_is_activations(held, index) else "keys_values"
             held = dataclasses.replace(held, **{form: getattr(held, form) + self.tail_tokens})
         return held

@@ -208,7 +208,9 @@ def plan_for(
     free = memory.free_device_bytes() - weights_bytes, memory.free_pinned_bytes() - on_host
     if elsewhere_bytes is not None:
         free = elsewhere_bytes - weights_bytes, UNLIMITED
-    return scheduler.make_plan(config, dtype, workload, request, measured, *free, compiled)
+    return scheduler.make_plan(
+        config, dtype, workload, request, measured, *free, compiled, elsewhere=elsewhere_bytes is not None
+    )
 
 
 def workload_of(prompts: Sequence[Sequence[int]], new_tokens: int, config: ModelConfig) -> Workload:

@@ -1,7 +1,7 @@
 """The plan of a run: how much of the cache is held as activations, how they are used, what stays on the device.
 
-`make_plan` is a pure function of (profile, model, workload, budgets): of the bucketed splits that both budgets hold, it
-takes the one of least remaining time, compilation included, by the cost model of `costs.py`.
+`make_plan` is a function of (profile, model, workload, budgets) and the kind of machine: of the bucketed splits that
+both budgets hold, it takes the one of least remaining time, compilation included, by the cost model of `costs.py`.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from kvpr_jax import memory
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.costs import Costs, Held, buckets
-from kvpr_jax.engines import WINDOW, window, window_bytes
-from kvpr_jax.models.attention import Recompute, fused
+from kvpr_jax.engines import WINDOW, window_bytes
+from kvpr_jax.models.attention import Recompute, fused, fusible
 from kvpr_jax.plan import Plan, Request, Workload
 from kvpr_jax.profiling.profile import Profile
 
@@ -37,6 +37,7 @@ class Candidate:
         link_s, compute_s: of all layers in one decode step.
         step_s: the decode step.
         cache_bytes: of these tokens on the host.
+        fits: whether the memory holds it to the end of the run.
     """
 
     split: int
@@ -45,23 +46,26 @@ class Candidate:
     compute_s: float
     step_s: float
     cache_bytes: int
+    fits: bool
 
 
 def candidates(plan: Plan) -> list[Candidate]:
     """What a plan was chosen from, by split: the buckets and l itself in its own way, and the best in the other way.
 
-    None where nothing is on the host. A plan with an empty host was chosen for what generation will spill.
+    None where none of the prompt is on the host.
     """
-    if not plan.offloaded:
-        return []
     costs, tokens = plan.costs, plan.cached_tokens - plan.resident_tokens
+    if not tokens:
+        return []
 
     def candidate(split: int, recompute: Recompute) -> Candidate:
-        held, layers = Held(split, tokens - split, plan.resident_tokens), costs.config.num_layers
+        held = plan.with_tail(Held(split, tokens - split, plan.resident_tokens), 0)
+        layers, cache_bytes = costs.config.num_layers, costs.cache_bytes(split, tokens - split)
         sides = costs.sides(held, recompute, plan.engine)
         link_s, compute_s = layers * sides["copies to the device"], layers * sides["compute"]
         step_s = costs.step_s(held, recompute, plan.engine)
-        return Candidate(split, recompute, link_s, compute_s, step_s, costs.cache_bytes(split, tokens - split))
+        fits = split not in plan.unfit_splits
+        return Candidate(split, recompute, link_s, compute_s, step_s, cache_bytes, fits)
 
     other: Recompute = "absorb" if plan.recompute == "project" else "project"
     best = min((candidate(split, other) for split in buckets(tokens) if split), key=lambda c: c.step_s, default=None)
@@ -78,6 +82,7 @@ def make_plan(
     free_device_bytes: int,
     free_host_bytes: int,
     compiled: Collection[tuple[Any, ...]] = (),
+    elsewhere: bool = False,
 ) -> Plan:
     """Choose a plan and check that it fits: of the splits that both budgets hold, the one of least remaining time.
 
@@ -85,6 +90,7 @@ def make_plan(
         free_device_bytes: what the device has left once the weights are loaded.
         free_host_bytes: what the host can still give.
         compiled: `Plan.step_shape` of plans whose step is compiled already; the others cost the time to compile it.
+        elsewhere: the plan is for a GPU that is not here, with memory of its own and fused attention.
 
     Raises:
         ValueError: the request contradicts itself or the workload; names both values.
@@ -93,23 +99,35 @@ def make_plan(
     """
     costs = Costs(config, jnp.dtype(dtype).itemsize, workload.batch, profile)
     recompute = _recompute(costs, workload, request)
-    sequences, queries = _prefill_chunk(config, dtype, workload, request, free_device_bytes)
-    prefill_bytes, step_bytes = (
-        _prefill_bytes(config, dtype, workload, sequences, queries),
-        _step_bytes(costs, workload),
-    )
+    has_fused = fusible(dtype, config.head_dim) if elsewhere else fused(dtype, config.head_dim)
+    one_memory = memory.device_memory_is_host_memory() and not elsewhere
+    sequences, queries = _prefill_chunk(config, dtype, workload, request, free_device_bytes, has_fused)
+    prefill_bytes = _prefill_bytes(config, dtype, workload, sequences, queries, has_fused)
+    step_bytes = _step_bytes(costs, workload)
     usable = int(free_device_bytes * (1 - MARGIN)) - max(prefill_bytes, step_bytes)
     offloaded, resident, resident_flushes, tail = _residency(costs, workload, request, usable)
     written = workload.total_tokens - workload.prompt_tokens
     flushes = max(0, written - 1) // tail if offloaded else 0  # a full tail leaves when the next token comes
     prompt = workload.prompt_tokens - resident
-    tokens = prompt or workload.total_tokens - resident  # an empty host: the split is of what generation will spill
+    widest = 1 if request.split_tokens(workload.prompt_tokens) else 0  # a forced tail may be activations
+    tails_bytes = tail * max(costs.cache_bytes(0, 1), costs.cache_bytes(widest, 0))
+    tails_bytes *= 2 if flushes else 1  # while full ones leave, empty ones are there
+    token_bytes = costs.cache_bytes(0, 1)
+    resident_bytes = (resident + min(resident_flushes, flushes) * tail) * token_bytes
+
+    def device_bytes(layer_bytes: int) -> int:
+        """Beside the weights, while a step reads so many bytes a layer from the host, or before."""
+        stepping = resident_bytes + tails_bytes + window_bytes(layer_bytes) + step_bytes
+        return max(resident * token_bytes + prefill_bytes, stepping)
+
     limit = free_host_bytes
+    if one_memory:
+        limit -= device_bytes(costs.host_bytes(0, workload.total_tokens))
     if request.host_cache_gib is not None:
         limit = min(limit, int(request.host_cache_gib * memory.GIB))
 
-    def plan_of(split: int, reason: str) -> Plan:
-        held = Held(split, prompt - split, resident) if prompt else Held(0, 0, resident)
+    def plan_of(split: int) -> Plan:
+        held = Held(split, prompt - split, resident)
         plan = Plan(
             batch=workload.batch,
             split=held.activations,
@@ -119,7 +137,7 @@ def make_plan(
             offloaded=offloaded,
             recompute=recompute,
             engine=request.engine,
-            activation_share=split / tokens if offloaded else 0.0,
+            activation_share=split / prompt if prompt else 0.0,
             forced=request.split != "auto",
             tail_tokens=tail,
             flushes=flushes,
@@ -129,45 +147,47 @@ def make_plan(
             host_limit_bytes=limit,
             device_bytes=0,
             host_bytes_per_step=costs.cache_bytes(held.activations, held.keys_values),
-            predicted_step_s=costs.step_s(held, recompute, request.engine),
-            reason=reason,
+            predicted_step_s=0.0,
+            reason="",
+            unfit_splits=(),
             costs=costs,
         )
-        held = plan.at_the_end()
-        layer_bytes = costs.host_bytes(held.activations, held.keys_values)
-        token_bytes = costs.cache_bytes(0, 1)
-        resident_bytes = (resident + plan.resident_flushes * tail) * token_bytes
-        tails = (2 if flushes else 1) * tail * token_bytes  # while full ones leave, empty ones are there
-        stepping = resident_bytes + tails + window(layer_bytes) * layer_bytes + step_bytes
+        end = plan.at_the_end()
+        layer_bytes = costs.host_bytes(end.activations, end.keys_values)
         return dataclasses.replace(
             plan,
             host_bytes=config.num_layers * layer_bytes,
-            device_bytes=max(resident * token_bytes + prefill_bytes, stepping),
+            device_bytes=device_bytes(layer_bytes),
+            predicted_step_s=plan.step_s(plan.with_tail(held, 0)),
         )
 
-    def remaining_s(split: int) -> float:
-        step_s = costs.step_s(Held(split, tokens - split, resident), recompute, request.engine)
-        compile_s = 0.0 if plans[split].step_shape in compiled else profile.compile_s
-        return max(1, workload.new_tokens - 1) * step_s + compile_s
+    def shortage(plan: Plan) -> str:
+        return _shortage(plan, request, free_device_bytes, free_host_bytes, one_memory)
 
-    splits, reason = _splits(costs, workload, request, offloaded, tokens)
-    plans = {split: plan_of(split, reason) for split in splits}
-    fitting = {
-        split: plan for split, plan in plans.items()
-        if not _shortage(plan, request, free_device_bytes, free_host_bytes)
-    }  # fmt: skip
+    def remaining_s(plan: Plan) -> float:
+        compile_s = 0.0 if plan.step_shape in compiled else profile.compile_s
+        return max(1, workload.new_tokens - 1) * plan.predicted_step_s + compile_s
+
+    splits, reason = _splits(costs, workload, request, offloaded, prompt)
+    plans = [plan_of(split) for split in splits]
+    fitting = [plan for plan in plans if not shortage(plan)]
     if not fitting:
-        least = min(plans.values(), key=lambda plan: plan.host_bytes)
-        raise MemoryError(_shortage(least, request, free_device_bytes, free_host_bytes))
+        raise MemoryError(shortage(min(plans, key=lambda plan: plan.host_bytes)))
     chosen = min(fitting, key=remaining_s)
-    if len(plans) == 1:
-        return fitting[chosen]
-    reason = "streaming keys and values is predicted to be fastest here"
-    if chosen:
-        reason = f"holding {chosen} of {tokens} tokens as activations is predicted to be fastest"
-    if len(fitting) < len(plans):
-        reason += f"; {len(plans) - len(fitting)} of {len(plans)} splits do not fit the memory"
-    return dataclasses.replace(fitting[chosen], reason=reason)
+    unfit = tuple(plan.split for plan in plans if plan not in fitting)
+    if not reason:
+        reason = "streaming keys and values is predicted to be fastest here"
+        if chosen.split:
+            reason = f"holding {chosen.split} of {prompt} tokens as activations is predicted to be fastest"
+        if unfit:
+            reason += f"; {len(unfit)} of {len(plans)} splits do not fit the memory"
+    if offloaded and not prompt:
+        end = chosen.at_the_end()
+        reason = (
+            f"the device holds the prompt; {end.activations + end.keys_values} new tokens go to the host, "
+            f"{end.activations} of them as activations"
+        )
+    return dataclasses.replace(chosen, reason=reason, unfit_splits=unfit)
 
 
 def _residency(costs: Costs, workload: Workload, request: Request, usable: int) -> tuple[bool, int, int, int]:
@@ -195,8 +215,8 @@ def _residency(costs: Costs, workload: Workload, request: Request, usable: int) 
     return True, of_prompt, (resident - of_prompt) // tail, tail
 
 
-def _splits(costs: Costs, workload: Workload, request: Request, offloaded: bool, tokens: int) -> tuple[list[int], str]:
-    """The splits to choose from, and why, where there is only one."""
+def _splits(costs: Costs, workload: Workload, request: Request, offloaded: bool, prompt: int) -> tuple[list[int], str]:
+    """The splits of the prompt's tokens on the host to choose from, and why, where there is only one."""
     forced = request.split_tokens(workload.prompt_tokens)
     if forced is not None:
         return [forced], f"forced to {forced} of {workload.prompt_tokens} tokens"
@@ -208,13 +228,13 @@ def _splits(costs: Costs, workload: Workload, request: Request, offloaded: bool,
             f"activations ({config.activation_width} numbers a token) are no smaller than keys and values "
             f"({config.kv_width}); all of the cache is streamed"
         )  # fmt: skip
-    return buckets(tokens), ""
+    return buckets(prompt), ""
 
 
-def _shortage(plan: Plan, request: Request, free_device_bytes: int, free_host_bytes: int) -> str:
+def _shortage(plan: Plan, request: Request, free_device_bytes: int, free_host_bytes: int, one_memory: bool) -> str:
     """What the plan lacks, with both figures and the flags that change them; empty if it fits."""
     less = "fewer or shorter prompts, --max-new-tokens, --split or --dtype"
-    host_bytes = plan.host_bytes + (plan.device_bytes if memory.device_memory_is_host_memory() else 0)
+    host_bytes = plan.host_bytes + (plan.device_bytes if one_memory else 0)
     free = "are free beside the weights"
     limits = [
         ("host", host_bytes, free_host_bytes, free, less),
@@ -258,7 +278,9 @@ def _step_bytes(costs: Costs, workload: Workload) -> int:
     return costs.host_bytes(0, workload.total_tokens) + 4 * workload.batch * costs.config.vocab_size * 4
 
 
-def _prefill_bytes(config: ModelConfig, dtype: jnp.dtype, workload: Workload, sequences: int, queries: int) -> int:
+def _prefill_bytes(
+    config: ModelConfig, dtype: jnp.dtype, workload: Workload, sequences: int, queries: int, has_fused: bool
+) -> int:
     """Device memory of prefill: the batch's hidden states and three layers' segments, and one chunk's temporaries.
 
     Scores are formed for a chunk's queries where no fused attention does without; then the mask alone is.
@@ -267,19 +289,24 @@ def _prefill_bytes(config: ModelConfig, dtype: jnp.dtype, workload: Workload, se
     batch = workload.batch * tokens * (config.hidden_size + WINDOW * widest) * dtype.itemsize
     whole = tokens * (config.hidden_size + config.kv_width) * dtype.itemsize
     passing = (config.hidden_size + config.mlp_arrays * config.mlp_size) * dtype.itemsize
-    scores = tokens * (1 + dtype.itemsize) if fused(dtype, config.head_dim) else 3 * config.num_heads * tokens * 4
+    scores = tokens * (1 + dtype.itemsize) if has_fused else 3 * config.num_heads * tokens * 4
     return batch + sequences * (whole + queries * (passing + scores))
 
 
 def _prefill_chunk(
-    config: ModelConfig, dtype: jnp.dtype, workload: Workload, request: Request, free_device_bytes: int
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    workload: Workload,
+    request: Request,
+    free_device_bytes: int,
+    has_fused: bool,
 ) -> tuple[int, int]:
     """Sequences of a chunk and tokens of each that pass a layer at a time: an eighth of the device's memory at most."""
     bound = request.prefill_tokens or PREFILL_TOKENS
     queries = min(workload.prompt_tokens, request.prefill_tokens or PREFILL_QUERIES)
     sequences = max(1, min(workload.batch, bound // workload.prompt_tokens))
-    held = _prefill_bytes(config, dtype, workload, 0, 0)
-    while _prefill_bytes(config, dtype, workload, sequences, queries) - held > free_device_bytes // 8:
+    held = _prefill_bytes(config, dtype, workload, 0, 0, has_fused)
+    while _prefill_bytes(config, dtype, workload, sequences, queries, has_fused) - held > free_device_bytes // 8:
         if sequences > 1:
             sequences = -(-sequences // 2)
         elif queries > PREFILL_QUERIES_LEAST:

@@ -63,9 +63,14 @@ def attend(parts: list[tuple[Scores, Callable[[Scores], Share]]]) -> Share:
 
 def fused(dtype: jnp.dtype, head_dim: int) -> bool:
     """Whether a prompt's attention runs in cuDNN's fused kernel, which never forms the scores."""
-    if jax.default_backend() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16) or head_dim % 8 or head_dim > 128:
+    if jax.default_backend() != "gpu" or not fusible(dtype, head_dim):
         return False
     return float(getattr(jax.local_devices()[0], "compute_capability", 0)) >= 8.0
+
+
+def fusible(dtype: jnp.dtype, head_dim: int) -> bool:
+    """Whether that kernel takes such heads, on a GPU from Ampere on."""
+    return dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
 
 
 def linear_biases(

@@ -45,13 +45,17 @@ def copy_rows(measured: Profile) -> list[dict[str, str]]:
     def cell(size: int, seconds: float | None) -> str:
         return "-" if seconds is None else f"{seconds * 1e3:.3f} ms, {size / seconds / 1e9:.1f} GB/s"
 
-    laws = [link.law(times) for times in ways.values()]
+    def fitted(times: list[tuple[int, float]]) -> tuple[str, str]:
+        small_s, bandwidth = link.law(times)
+        return (f"{bandwidth / 1e9:.1f} GB/s", f"{small_s * 1e6:.1f} µs") if len(times) > 1 else ("-", "-")
+
+    bandwidths, small = zip(*map(fitted, ways.values()), strict=True)
     sizes = sorted({size for times in ways.values() for size, _ in times})
     return [
         *(row(f"{size / link.MIB:g} MiB", [cell(size, dict(times).get(size)) for times in ways.values()])
           for size in sizes),
-        row("fitted bandwidth", [f"{bandwidth / 1e9:.1f} GB/s" for _, bandwidth in laws]),
-        row("fitted time of a small one", [f"{small_s * 1e6:.1f} µs" for small_s, _ in laws]),
+        row("fitted bandwidth", bandwidths),
+        row("fitted time of a small one", small),
     ]  # fmt: skip
 
 

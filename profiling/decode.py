@@ -183,7 +183,7 @@ def needed(decoder: Decoder, plan: Plan) -> dict[str, Any]:
 def shortened(decoder: Decoder, plan: Plan) -> Decoder:
     """The same model with few layers: it compiles all that the whole model needs, since layers share one function."""
     short = copy.copy(decoder)
-    short.params = decoder.params[: 2 if plan.offloaded else engines.group(len(decoder.params))]
+    short.params = decoder.params[: 2 if plan.host_bytes_per_step else engines.group(len(decoder.params))]
     short.config = dataclasses.replace(decoder.config, num_layers=len(short.params))
     return short
 
@@ -245,7 +245,7 @@ def compute_s(decoder: Decoder, cache: Cache, logits: Array) -> float:
     cache.flush()
     cache.engine = kind()  # without the copies that are under way
     tokens = logits.argmax(-1).astype(jnp.int32)
-    return timing.median_s(lambda: decoder.step(cache, tokens), trials=min(5, cache.plan.tail_tokens - 2))
+    return timing.median_s(lambda: decoder.step(cache, tokens), trials=max(1, min(5, cache.plan.tail_tokens - 2)))
 
 
 def sum_of(times: dict[str, Any]) -> float:

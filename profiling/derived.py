@@ -152,7 +152,7 @@ def measured(reports: list[Report]) -> Device:
         (report.step_s(result) - report.profile["head_s"]) / report.config.num_layers
         for report in reports
         for result in report.results
-        if result["plan"]["offloaded"]  # otherwise a call runs several layers
+        if result["plan"]["host_bytes_per_step"]  # otherwise a call runs several layers
     ]
     return _rounded(
         Device(

@@ -17,7 +17,10 @@ OPT) and r says how often activations are read: for values, and for scores too u
 
 import dataclasses
 import functools
+import json
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +31,8 @@ from kvpr_jax.config import ModelConfig
 from kvpr_jax.models import Model, abstract
 from kvpr_jax.profiling import link, profile
 from kvpr_jax.profiling.profile import Profile
+
+DEVICES = Path(__file__).with_name("devices")  # those of this package
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +137,52 @@ def parsed(fields: Any) -> Device:
         elif type(value) is not field.type:
             raise ValueError(f"{field.name} {value!r} must be of type {field.type.__name__}")
     return Device(**values)
+
+
+def shipped() -> list[str]:
+    """Names of the devices of this package."""
+    return sorted(path.stem for path in DEVICES.glob("*.json"))
+
+
+def given(name_or_path: str, config: ModelConfig, dtype: jnp.dtype, batch: int) -> tuple[Profile, int | None]:
+    """The profile that `--profile` names, and the device's memory in bytes where the file says it.
+
+    Args:
+        name_or_path: a shipped device, the JSON file of a device, or that of a profile measured on any machine.
+
+    Raises:
+        ValueError: there is no such device or file, it holds neither, or a profile of something else.
+    """
+    path = DEVICES / f"{name_or_path}.json" if name_or_path in shipped() else Path(name_or_path)
+    try:
+        there = path.is_file()
+        fields = json.loads(path.read_text()) if there else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"profile {name_or_path!r} is no JSON file: {error}") from error
+    if not there:
+        raise ValueError(f"profile {name_or_path!r} is neither a file nor one of the devices {', '.join(shipped())}")
+    try:
+        if not isinstance(fields, dict) or "machine" not in fields:
+            found = parsed(fields)
+            return found.profile(config, dtype, batch), found.memory_bytes
+        measured = profile.parsed(fields)
+        _check_match(measured, config, dtype, batch)
+        return measured, None
+    except ValueError as error:
+        raise ValueError(f"profile {name_or_path!r}: {error}") from error
+
+
+def _check_match(measured: Profile, config: ModelConfig, dtype: jnp.dtype, batch: int) -> None:
+    """Raises ValueError for a profile of another version, model, dtype or batch; names what differs."""
+    asked = {
+        "version": str(profile.VERSION), "model": repr(config), "dtype": jnp.dtype(dtype).name, "batch": str(batch)
+    }  # fmt: skip
+    for name, wanted in asked.items():
+        stored = measured.machine.get(name, "none")
+        if stored != wanted:
+            fields, others = (re.split(r", (?=\w+=)", text) for text in (stored, wanted))
+            differ = [", ".join(f for f in a if f not in b) for a, b in ((fields, others), (others, fields))]
+            raise ValueError(f"it was measured for {name} {differ[0]}, and this run has {differ[1]}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -316,6 +317,8 @@ def parsed(fields: Any) -> Profile:
                 raise ValueError("copies take bytes and seconds")
         for name in {field.name for field in dataclasses.fields(Profile) if field.type is float}:
             values[name] = _seconds(values[name])
+        if not values[name := "base_s"]:
+            raise ValueError("no step takes no time")
     except (AttributeError, ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{name} {fields[name]!r} is of no use: {error}") from error
     return Profile(**values)
@@ -363,6 +366,7 @@ def load_or_measure(
     profile = read(path, key)
     if profile is None:
         profile = measure(config, dtype, batch, progress)
+        gc.collect()  # a module refers to itself: the one measured would still be there when a plan asks what is free
         with contextlib.suppress(OSError):  # a home that cannot be written costs a measurement each time, no more
             write(path, profile)
     return profile

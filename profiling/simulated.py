@@ -1,49 +1,41 @@
 """Plans for a GPU that is not there: `python -m kvpr_jax.profiling.simulated` says what each device would gain.
 
-    profile, memory_bytes = simulated.given("nvidia-l4", config, dtype, batch)     # what `--profile` takes
-
 `--write` derives the shipped devices from the committed measurements and datasheets, and writes them to devices/ with
 the page that says how far to trust them.
 """
 
 import argparse
 import dataclasses
-import json
-import re
 import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from kvpr_jax import checkpoint, command_line
 from kvpr_jax.command_line import FAILURE, Parser, failing_with
-from kvpr_jax.config import ModelConfig
 from kvpr_jax.costs import Held, buckets
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.plan import Request, Workload
-from kvpr_jax.profiling import decode, derived, device, profile, report
-from kvpr_jax.profiling.device import Weights
-from kvpr_jax.profiling.profile import Profile
+from kvpr_jax.profiling import decode, derived, report
+from kvpr_jax.profiling.device import DEVICES, Weights, given, shipped
 from kvpr_jax.profiling.report import table
 from kvpr_jax.runtime import UNLIMITED
 from kvpr_jax.scheduler import make_plan
 
 MODULE = "kvpr_jax.profiling.simulated"
-DEVICES = Path(__file__).with_name("devices")
 MODELS = ("opt-6.7b", "opt-13b", "opt-30b", "llama-2-7b", "llama-2-13b", "llama-3-8b")
 WAYS: tuple[Recompute, ...] = ("project", "absorb")
 FIGURES = {  # what is shown of a device: heading, unit
     "link_bytes_per_s": ("link (GB/s)", 1e9),
-    "flops_per_s": ("products (TFLOP/s)", 1e12),
+    "flops_per_s": ("matrix products (TFLOP/s)", 1e12),
     "weights_bytes_per_s": ("weights (GB/s)", 1e9),
     "keys_values_bytes_per_s": ("keys and values (GB/s)", 1e9),
     "activations_bytes_per_s": ("absorbed activations (GB/s)", 1e9),
     "layer_s": ("layer (ms)", 1e-3),
-    "head_s": ("head (ms)", 1e-3),
+    "head_s": ("embedding and LM head (ms)", 1e-3),
     "dispatch_s": ("issuing a layer (ms)", 1e-3),
     "issue_s": ("issuing a copy (ms)", 1e-3),
     "compile_s": ("compiling (s)", 1.0),
@@ -53,7 +45,7 @@ MEASURED = {  # what is shown of a profile
     "keys_values_token_s": "token as keys and values",
     "project_token_s": "token, project",
     "absorb_token_s": "token, absorb",
-    "head_s": "head",
+    "head_s": "embedding and LM head",
 }
 
 HEADER = """\
@@ -129,51 +121,6 @@ Then the steps, by the cost model. Small errors of what hides behind the link le
 With the cache on the host, the error is {median} in the median and {most} at most; the step that gave the time to issue
 a layer is met by construction.
 """
-
-
-def shipped() -> list[str]:
-    """Names of the devices of this package."""
-    return sorted(path.stem for path in DEVICES.glob("*.json"))
-
-
-def given(name_or_path: str, config: ModelConfig, dtype: jnp.dtype, batch: int) -> tuple[Profile, int | None]:
-    """The profile that `--profile` names, and the device's memory in bytes where the file says it.
-
-    Args:
-        name_or_path: a shipped device, the JSON file of a device, or that of a profile measured on any machine.
-
-    Raises:
-        ValueError: there is no such device or file, it holds neither, or a profile of something else.
-    """
-    path = DEVICES / f"{name_or_path}.json" if name_or_path in shipped() else Path(name_or_path)
-    if not path.is_file():
-        raise ValueError(f"profile {name_or_path!r} is neither a file nor one of the devices {', '.join(shipped())}")
-    try:
-        fields = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"profile {name_or_path!r} is no JSON file: {error}") from error
-    try:
-        if not isinstance(fields, dict) or "machine" not in fields:
-            found = device.parsed(fields)
-            return found.profile(config, dtype, batch), found.memory_bytes
-        measured = profile.parsed(fields)
-        _check_match(measured, config, dtype, batch)
-        return measured, None
-    except ValueError as error:
-        raise ValueError(f"profile {name_or_path!r}: {error}") from error
-
-
-def _check_match(measured: Profile, config: ModelConfig, dtype: jnp.dtype, batch: int) -> None:
-    """Raises ValueError for a profile of another version, model, dtype or batch; names what differs."""
-    asked = {
-        "version": str(profile.VERSION), "model": repr(config), "dtype": jnp.dtype(dtype).name, "batch": str(batch)
-    }  # fmt: skip
-    for name, wanted in asked.items():
-        stored = measured.machine.get(name, "none")
-        if stored != wanted:
-            fields, others = (re.split(r", (?=\w+=)", text) for text in (stored, wanted))
-            differ = [", ".join(f for f in a if f not in b) for a, b in ((fields, others), (others, fields))]
-            raise ValueError(f"it was measured for {name} {differ[0]}, and this run has {differ[1]}")
 
 
 def gains(name: str, model: str, dtype: jnp.dtype, workload: Workload) -> dict[str, str]:

@@ -111,6 +111,7 @@ def test_a_link_that_stays_slow_is_told_once_and_later_tails_are_smaller():
     assert isinstance(cache.tails[0], KeysValues)
     grow(cache, 1)
     assert isinstance(cache.tails[0], Activations)
+    assert cache.predicted_step_s > link_s + CONFIG.num_layers  # by what was measured, behind the flush too
     for _ in range(STEPS):
         cache.observe(2 * cache.predicted_step_s)
     assert cache.miss is told

@@ -20,8 +20,8 @@ from test_checkpoint import change_config, write, write_tokenizer
 import kvpr_jax
 from helpers import OPT, profile, random_model
 from kvpr_jax import Decoder, checkpoint, command_line, memory, pace, stream
+from kvpr_jax.profiling import device
 from kvpr_jax.profiling import profile as profiles
-from kvpr_jax.profiling import simulated
 
 cli = importlib.import_module("kvpr_jax.generate.__main__")
 
@@ -164,7 +164,7 @@ def test_the_plan_is_printed_and_nothing_is_run(run, monkeypatch, directory, cou
     assert (result.code, result.err) == (0, "")
     plan, blank, heading, _, *table = result.out.splitlines()
     assert plan.startswith(f"plan: of {count} prompt tokens, 3 on the host as activations") and not blank
-    assert heading == "| split | recompute | link (ms) | compute (ms) | step (ms) | on the host (GiB) |  |"
+    assert heading == "| split | recompute | link (ms) | compute (ms) | step (ms) | on the host at first (GiB) |  |"
     (chosen,) = [row for row in table if "<- the plan" in row]
     told = one_object(run("--prompt", PROMPT, "--plan", "--split", "3", "--json").out)
     assert list(told) == ["model", "plan", "candidates"] and told["model"] == str(directory)
@@ -178,8 +178,10 @@ def test_a_plan_for_a_device_that_is_not_here(run, directory, monkeypatch, tmp_p
     plan = ["--prompt", PROMPT, "--max-new-tokens", "4", "--plan", "--json", "--dtype", "float16"]
     shipped = one_object(run(*plan, "--profile", "nvidia-l4").out)["plan"]
     here = one_object(run(*plan).out)["plan"]
+    by_default = run("--prompt", PROMPT, "--max-new-tokens", "4", "--plan", "--json", "--profile", "nvidia-l4")
+    assert one_object(by_default.out)["plan"] == shipped  # in 16 bits, as on a GPU
     assert not shipped["offloaded"] and shipped["predicted_step_s"] != here["predicted_step_s"]
-    small = json.loads((simulated.DEVICES / "nvidia-l4.json").read_text()) | {"memory_bytes": 1000}
+    small = json.loads((device.DEVICES / "nvidia-l4.json").read_text()) | {"memory_bytes": 1000}
     path = tmp_path / "small.json"
     path.write_text(json.dumps(small))
     expect_error(run(*plan, "--profile", path), command_line.FAILURE, "not enough device memory")
@@ -190,7 +192,7 @@ def test_a_plan_for_a_device_that_is_not_here(run, directory, monkeypatch, tmp_p
     assert told["plan"]["predicted_step_s"] > 0.5 and told["outputs"][0]["text"]
     unknown = run(*plan, "--profile", "nvidia-l5")
     expect_error(unknown, command_line.USAGE, "profile 'nvidia-l5' is neither a file nor one of the devices")
-    monkeypatch.setattr(simulated, "given", lambda *_: (slow, 1000))
+    monkeypatch.setattr(device, "given", lambda *_: (slow, 1000))
     expect_error(run("--prompt", PROMPT, "--plan", "--profile", "small"), command_line.FAILURE, "not enough device")
     assert run("--prompt", PROMPT, "--profile", "small").code == 0  # in this machine's memory
 

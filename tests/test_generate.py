@@ -487,7 +487,7 @@ def test_positions_may_be_used_up_to_the_last(model, tokenizer):
 def test_too_little_memory_is_an_error_with_both_figures(model, tokenizer, monkeypatch):
     monkeypatch.setattr(api.memory, "free_host_bytes", lambda: 1024)
     monkeypatch.setattr(Decoder, "prefill", None)
-    with pytest.raises(MemoryError, match=r"host memory.* GiB and 0\.00 GiB"):
+    with pytest.raises(MemoryError, match=r"host memory.* GiB and 0\.00000095 GiB"):
         stream(model, tokenizer, PROMPTS, max_new_tokens=NEW, offload="all")
 
 

@@ -60,7 +60,7 @@ def test_slowed_costs_predict_what_was_measured(
         "compute": lambda c: c.compute_s(activations, keys_values + resident, recompute),
     }
     if engine == "overlapped":
-        sides["issuing"] = lambda c: c.issue_s(activations, keys_values)
+        sides["dispatch"] = lambda c: c.issue_s(activations, keys_values)
     assert blamed == max(sides, key=lambda side: sides[side](costs))
     for side, seconds in sides.items():  # the others are as they were
         assert (seconds(slowed) > 1.01 * seconds(costs)) == (side == blamed)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import GQA, LLAMA, OPT, profile
-from kvpr_jax import memory, scheduler
+from kvpr_jax import engines, memory, scheduler
 from kvpr_jax.costs import Costs, Held, buckets
 from kvpr_jax.plan import Request, Workload
 from kvpr_jax.scheduler import make_plan
@@ -68,7 +68,7 @@ def test_the_plan_is_the_best_of_those_that_fit(
     request = Request(
         recompute=recompute, engine=engine, device_cache_gib=device_gib, host_cache_gib=host_gib, tail_tokens=64
     )
-    float16, workload = jnp.dtype("float16"), Workload(batch, prompt, new)
+    float16, workload, tail = jnp.dtype("float16"), Workload(batch, prompt, new), min(64, max(1, new - 1))
 
     def cache_bytes(split, tokens):
         return 32 * batch * (split * 4096 + (tokens - split) * 8192) * 2
@@ -77,7 +77,7 @@ def test_the_plan_is_the_best_of_those_that_fit(
         resident, form = prompt - tokens, project if way == "project" else absorb
         arrays = ([split * 4096] if split else []) + [(tokens - split) * 4096] * (2 if split < tokens else 0)
         link = sum(max(5e-5, batch * numbers * 2 / bandwidth) for numbers in arrays)
-        compute = 1e-4 + split * form + (tokens - split + resident) * keys_values
+        compute = 1e-4 + split * form + (tokens - split + resident + tail) * keys_values  # the tail stays
         small = batch * sum(arrays) * 2 < 16 * 2**20
         issue = 2e-5 + (0 if small else len(arrays) * 1e-5)
         if engine == "sequential":
@@ -88,7 +88,6 @@ def test_the_plan_is_the_best_of_those_that_fit(
         plan = make_plan(OPT_6_7B, float16, workload, request, machine, 4000 * GIB, 8000 * GIB)
     except MemoryError as error:
         assert host_gib is not None and "GiB are allowed by --host-cache-gib" in str(error)
-        tail = min(64, max(1, new - 1))
         resident = max(0, int(device_gib * GIB) // cache_bytes(0, 1) - tail)
         assert cache_bytes(prompt - resident, prompt - resident) > host_gib * GIB
         return
@@ -129,6 +128,9 @@ def test_a_split_that_the_host_cannot_hold_is_not_taken_and_the_plan_says_so():
         request = Request(offload="all", host_cache_gib=gib)
         plan = make_plan(OPT_6_7B, jnp.dtype("float16"), Workload(32, 1024, 8), request, slow_gpu, 900 * GIB, 900 * GIB)
         assert plan.split == split and part in plan.reason
+        own = [each for each in scheduler.candidates(plan) if each.recompute == plan.recompute]
+        marked = [each.split for each in own if not each.fits]
+        assert marked == [*range(0, split, 64)]
 
 
 @pytest.mark.parametrize("recompute", ["project", "absorb"])
@@ -149,9 +151,46 @@ def test_new_tails_take_the_form_that_pays_within_the_hosts_budget(recompute, sp
         assert wanted == (worst > plan.host_limit_bytes or step_s[True] <= step_s[False])
         held = options[wanted]
     assert plan.at_the_end() == Held(*held)
+    assert not plan.tail_is_activations(Held(*held), 15)  # the last one never leaves
     assert plan.host_bytes == 32 * 32 * (held[0] * 4096 + held[1] * 8192) * 2 <= plan.host_limit_bytes
     if recompute == "project" and spare == 1.0:
         assert 0 < held[1] - (1024 - plan.split) < 960  # some of each form
+
+
+def test_on_a_cpu_later_tails_leave_room_for_what_the_device_holds():
+    """Both are one memory: keys and values, which would be faster, only as far as that allows."""
+    slow_gpu = profile(keys_values_token_s=1e-6, project_token_s=1e-3, absorb_token_s=1e-3)
+    plan = make_plan(
+        OPT_6_7B, jnp.dtype("bfloat16"), Workload(32, 64, 1025), Request(offload="all"), slow_gpu, 19 * GIB, 19 * GIB
+    )
+    end = plan.at_the_end()
+    assert end.activations and end.keys_values
+    assert plan.host_bytes + plan.device_bytes <= 19 * GIB
+
+
+def test_the_devices_bytes_are_what_stands_there():
+    """Two tails of activations or of keys and values, the window, one layer's keys and values, four times the logits.
+    With grouped queries activations may be wider."""
+    gqa = dataclasses.replace(GQA, hidden_size=600)
+    for config, split, width in ((OPT, "100%", 88), (gqa, "0%", 40), (gqa, "100%", 600)):
+        plan = plan_for(config, Workload(2, 16, 60), Request(split, tail_tokens=8))
+        layer = 2 * (16 + 7 * 8) * (config.hidden_size if split == "100%" else config.kv_width) * 4
+        if split == "100%":  # but for the form of tails, which is that of the share
+            assert plan.at_the_end().keys_values == 0
+        step = 2 * 75 * config.kv_width * 4 + 4 * 2 * 89 * 4
+        assert plan.device_bytes == 2 * 8 * 3 * 2 * width * 4 + engines.window_bytes(layer) + step
+
+
+def test_a_simulated_gpu_is_planned_alike_on_every_machine(monkeypatch):
+    request, workload = Request(), Workload(8, 1500, 64)
+    plans = []
+    for is_cpu in (True, False):
+        monkeypatch.setattr(memory, "device_memory_is_host_memory", lambda is_cpu=is_cpu: is_cpu)
+        monkeypatch.setattr(scheduler, "fused", lambda *_, is_cpu=is_cpu: not is_cpu)
+        plans.append(
+            make_plan(OPT_6_7B, jnp.dtype("bfloat16"), workload, request, H200, 9 * GIB, 9 * GIB, elsewhere=True)
+        )
+    assert plans[0] == plans[1] and plans[0].resident_tokens
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
@@ -166,6 +205,8 @@ def test_the_device_is_filled_first_and_the_rest_spills_on_the_way(share):
     assert stays + 16 <= share * 1024 < stays + 2 * 16
     end = plan.at_the_end()
     on_host = end.activations + end.keys_values
+    assert f"{on_host} new tokens go to the host, {end.activations} of them as activations" in plan.reason
+    assert scheduler.candidates(plan) == []
     assert on_host == 64 + plan.flushes * 16 - stays and plan.host_bytes > 0
 
 
@@ -268,7 +309,7 @@ def test_candidates_show_what_the_plan_was_chosen_from(request_):
     assert {each.split for each in own} == {*buckets(1024), plan.split} and len(found) == len(own) + 1
     assert {each.recompute for each in found} == {"project", "absorb"}
     (chosen,) = [each for each in own if each.split == plan.split]
-    assert chosen.step_s == plan.predicted_step_s
+    assert chosen.step_s == plan.predicted_step_s and all(each.fits for each in found)
     assert chosen.step_s >= max(chosen.link_s, chosen.compute_s)
     if request_.split == "auto":
         assert plan.predicted_step_s == min(each.step_s for each in found)

@@ -14,8 +14,8 @@ from kvpr_jax.models import released
 from kvpr_jax.profiling import derived, device, simulated
 from kvpr_jax.profiling import profile as profiles
 from kvpr_jax.profiling.derived import Report
-from kvpr_jax.profiling.device import Device
-from kvpr_jax.profiling.simulated import given, main
+from kvpr_jax.profiling.device import Device, given
+from kvpr_jax.profiling.simulated import main
 
 BFLOAT16 = jnp.dtype("bfloat16")
 MADE_UP = Device(
@@ -123,7 +123,7 @@ def test_the_h200_reproduces_what_was_measured_on_it():
             if result["plan"]["offloaded"]:
                 errors.append(abs(report.predicted_s(result, h200) / report.step_s(result) - 1))
     assert len(errors) > 30 and statistics.median(errors) < 0.02 and max(errors) < 0.12
-    page = (simulated.DEVICES / "README.md").read_text()
+    page = (device.DEVICES / "README.md").read_text()
     stated = re.search(r"error is (\S+)% in the median and (\S+)% at most", page)
     assert [float(text) for text in stated.groups()] == pytest.approx(
         [100 * statistics.median(errors), 100 * max(errors)], abs=0.05
@@ -131,7 +131,7 @@ def test_the_h200_reproduces_what_was_measured_on_it():
 
 
 def test_the_committed_devices_and_their_page_are_current(monkeypatch, tmp_path, capsys):
-    committed = simulated.DEVICES
+    committed = device.DEVICES
     monkeypatch.setattr(simulated, "DEVICES", tmp_path)
     assert main(["--write"]) == 0
     written = {path.name: path.read_text() for path in tmp_path.iterdir()}
@@ -152,7 +152,7 @@ def test_devices_go_to_files_and_back(tmp_path):
 
 
 def test_shipped_devices_go_by_name():
-    assert simulated.shipped() == SHIPPED
+    assert device.shipped() == SHIPPED
     for each in derived.devices():
         name = each.name.lower().replace(" ", "-")
         assert given(name, OPT, BFLOAT16, 3) == (each.profile(OPT, BFLOAT16, 3), each.memory_bytes)
@@ -255,7 +255,7 @@ def cells(printed: str) -> list[list[str]]:
 def test_the_table_by_hand(capsys):
     """OPT-6.7B on the L4, from the file's figures: 32 layers, D 4096, 32 heads of 128; every 64th split."""
     assert main(["--profile", "nvidia-l4", "--model", "opt-6.7b", "--batch", "16", "--prompt", "1024"]) == 0
-    it = json.loads((simulated.DEVICES / "nvidia-l4.json").read_text())
+    it = json.loads((device.DEVICES / "nvidia-l4.json").read_text())
     kv = 16 * 8192 * 2 / it["keys_values_bytes_per_s"]
     project = 4 * 16 * 4096**2 / it["flops_per_s"] + kv
     absorb = 2 * 16 * 4096 * 2 / it["activations_bytes_per_s"]
@@ -328,6 +328,6 @@ def test_errors_are_one_line_and_code_1(argv, message, capsys):
 
 def test_writing_needs_the_measurements(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(derived, "RESULTS", tmp_path)
-    monkeypatch.setattr(simulated, "DEVICES", shutil.copytree(simulated.DEVICES, tmp_path / "devices"))
+    monkeypatch.setattr(simulated, "DEVICES", shutil.copytree(device.DEVICES, tmp_path / "devices"))
     assert main(["--write"]) == 1
     assert "has no reports to derive devices from: it is part of a checkout only" in capsys.readouterr().err

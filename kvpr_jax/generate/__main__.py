@@ -25,7 +25,7 @@ from kvpr_jax.command_line import (
 )
 from kvpr_jax.generate import Output, Stream, Until, encode
 from kvpr_jax.plan import Plan
-from kvpr_jax.profiling import profile, simulated
+from kvpr_jax.profiling import device, profile
 from kvpr_jax.profiling.report import table
 from kvpr_jax.runtime import Decoder, plan_for, workload_of
 from kvpr_jax.sampling import Sampling
@@ -125,9 +125,9 @@ def explained(plan: Plan, considered: Sequence[Candidate]) -> str:
             "link (ms)": milliseconds(each.link_s),
             "compute (ms)": milliseconds(each.compute_s),
             "step (ms)": milliseconds(each.step_s),
-            "on the host (GiB)": f"{each.cache_bytes / memory.GIB:.3f}",
+            "on the host at first (GiB)": f"{each.cache_bytes / memory.GIB:.3f}",
             "": "<- the plan" if (each.split, each.recompute) == (plan.split, plan.recompute)
-            else "does not fit" if each.cache_bytes > plan.host_limit_bytes else "",
+            else "" if each.fits else "does not fit",
         }
         for each in considered
     ])  # fmt: skip
@@ -189,15 +189,17 @@ def execute(arguments: argparse.Namespace) -> int:
         config, hf = checkpoint.read_config(directory)
         tokenizer = checkpoint.load_tokenizer(directory)
     dtype = jnp.dtype(arguments.dtype or checkpoint.default_dtype(hf))
+    if arguments.plan and arguments.profile is not None and arguments.dtype is None and dtype.itemsize > 2:
+        dtype = jnp.dtype(jnp.bfloat16)  # what a model is run in on a GPU, which this machine may lack
     if not arguments.ignore_eos:
         until = dataclasses.replace(until, eos_token_ids=frozenset(config.eos_token_ids))
-    with failing_with(USAGE), report.bar("Measuring this machine, once for a model and batch") as progress:
+    with failing_with(USAGE), report.bar("Planning") as progress:
         ids = encode(tokenizer, prompts, arguments.chat)
         workload = workload_of(ids, until.max_new_tokens, config)
         if arguments.profile is None:
             measured, elsewhere_bytes = profile.load_or_measure(config, dtype, workload.batch, progress), None
         else:
-            measured, elsewhere_bytes = simulated.given(arguments.profile, config, dtype, workload.batch)
+            measured, elsewhere_bytes = device.given(arguments.profile, config, dtype, workload.batch)
         if not arguments.plan:
             elsewhere_bytes = None  # it runs here
         weights_bytes = checkpoint.weights_bytes(config, dtype)
