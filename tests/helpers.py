@@ -1,5 +1,6 @@
 """What several test modules share: tolerances, small models with random weights, a given profile, decoding by hand."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 
@@ -38,6 +39,16 @@ LLAMA = llama.Config(
 )  # fmt: skip
 GQA = dataclasses.replace(LLAMA, num_kv_heads=2)
 CONFIGS = {"opt": OPT, "opt-350m": OPT_350M, "llama": LLAMA, "llama-gqa": GQA}
+
+
+@contextlib.contextmanager
+def implicit_promotion() -> Iterator[None]:
+    """For half precision, in which Flax's norms compute by promotion; in all threads, since one compiles ahead."""
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    try:
+        yield
+    finally:
+        jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def profile(**changes: object) -> Profile:

@@ -10,14 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from rich.console import Console
 from test_checkpoint import assert_equal, change_config
 
 import kvpr_jax
-from helpers import greedy, random_prompts
+from helpers import greedy, implicit_promotion, random_prompts
 from kvpr_jax import Decoder, Request, checkpoint, command_line, converted
 
 cli = importlib.import_module("kvpr_jax.convert")
@@ -89,7 +88,7 @@ def test_weights_and_tokens_are_those_of_the_source(run, tmp_path, name, dtype):
     model = checkpoint.load_model(tmp_path / "new", dtype)
     assert_equal(model, expected)
     prompts = random_prompts([5, 3], model.config.vocab_size)
-    with jax.numpy_dtype_promotion("standard"):  # for Flax's norms in half precision
+    with implicit_promotion():
         tokens = [greedy(Decoder(each), prompts, 6, Request(split="2"))[0] for each in (model, expected)]
     np.testing.assert_array_equal(*tokens)
 

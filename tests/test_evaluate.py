@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_checkpoint import write, write_tokenizer
 
-from helpers import LLAMA, OPT, TOLERANCE, random_model
+from helpers import LLAMA, OPT, TOLERANCE, implicit_promotion, random_model
 from kvpr_jax import Decoder, Request, checkpoint, evaluate
 
 TEXT = argparse.__doc__[:400] + "né日"
@@ -32,7 +32,7 @@ def tokenizer():
 @pytest.fixture
 def half_precision():
     """flax's norms promote half precision to float32 themselves."""
-    with jax.numpy_dtype_promotion("standard"):
+    with implicit_promotion():
         yield
 
 

@@ -4,12 +4,11 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helpers import assert_close, each_engine, greedy
+from helpers import assert_close, each_engine, greedy, implicit_promotion
 from kvpr_jax import checkpoint, costs
 from kvpr_jax.plan import Request
 from kvpr_jax.runtime import Decoder
@@ -126,7 +125,7 @@ def test_a_narrow_type_errs_no_more_than_with_keys_and_values_alone(name, dtype)
     decoder = Decoder(checkpoint.load_model(golden.directory, dtype))
     errors = {}
     for split, recompute in ((0, "project"), (EDGE, "project"), (EDGE, "absorb")):
-        with jax.numpy_dtype_promotion("standard"):  # Flax's norms compute in float32 by promotion
+        with implicit_promotion():
             request = Request(split=str(split), recompute=recompute, tail_tokens=10)
             logits = forced_logits(decoder, golden, request)
         errors[split, recompute] = np.abs(logits - golden.logits).mean()
