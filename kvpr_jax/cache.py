@@ -5,8 +5,8 @@
                \\______ on the host ______/            \\ on the host /
 
 Every token is held in one form only. New tokens go into the tail, in the form they will be flushed in; a full tail
-becomes the next segment: on the device as long as the plan has room for it there, then on the host. Flushed segments of
-equal length in one place are merged, so their number grows with the logarithm of the tokens generated.
+becomes the next segment: on the device as long as the plan has room for it there, then on the host. Small flushed
+segments of equal length in one place are merged: fewer and larger copies are faster.
 """
 
 import collections
@@ -31,6 +31,7 @@ from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 Join = Callable[[tuple[Segment, ...]], Segment]
 
 MERGE = 4  # flushed segments of equal length that become one
+MERGE_BYTES = 32 * 2**20  # but none this large: it crosses at the link's full rate, and pinned memory for four is dear
 
 
 @dataclasses.dataclass
@@ -206,15 +207,17 @@ def _join(segments: tuple[Segment, ...]) -> Segment:
 
 
 def _merged(segments: tuple[Segment, ...], join: Join) -> tuple[Segment, ...]:
-    """One layer's segments; once `MERGE` of them have the newest's form, length and place, they become one.
+    """One layer's segments; once `MERGE` of them have the newest's form, length and place, and are small, they become
+    one.
 
-    With MERGE 4 and tails of 64 tokens, the 4th flush leaves one segment of 256, the 16th one of 1024.
+    With MERGE 4 and tails of 64 tokens, the 4th flush leaves one segment of 256, the 16th one of 1024, unless those of
+    256 have `MERGE_BYTES`.
     """
 
     def kind(segment: Segment) -> tuple[type, int, bool]:
         return type(segment), segment.tokens, memory.on_host(segment)
 
     alike = [segment for segment in segments if kind(segment) == kind(segments[-1])]
-    if len(alike) < MERGE:
+    if len(alike) < MERGE or segments[-1].nbytes >= MERGE_BYTES:
         return segments
     return _merged((*(s for s in segments if not any(s is a for a in alike)), join(tuple(alike))), join)

@@ -1,21 +1,26 @@
 """Compilation beside decoding: in a thread of its own before a step needs it, and counted where a step did not wait."""
 
 import collections
+import sys
 import threading
+from collections.abc import Callable
 from concurrent import futures
 from typing import Any
 
 import jax
 
-BACKGROUND = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
+GIVE_WAY_S = 2e-4  # after which tracing hands Python to a decode step; by default 5 ms, many times a step
 
-_compiled: collections.Counter[int] = collections.Counter()  # by thread
+_background = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
+
+_compiled: collections.Counter[int] = collections.Counter()  # functions by thread
+_seconds: collections.defaultdict[int, float] = collections.defaultdict(float)  # the time they took
 
 
 def _listen(event: str, duration_secs: float, **_: Any) -> None:
-    del duration_secs
     if event == "/jax/core/compile/backend_compile_duration":  # also where the function comes from a cache on disk
         _compiled[threading.get_ident()] += 1
+        _seconds[threading.get_ident()] += duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)
@@ -24,3 +29,22 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 def compiled_here() -> int:
     """Functions that this thread has compiled, or read from JAX's cache on disk, so far."""
     return _compiled[threading.get_ident()]
+
+
+def compile_s() -> float:
+    """Seconds that XLA has compiled, or read from JAX's cache on disk, in all threads so far."""
+    return sum(list(_seconds.values()))
+
+
+def ahead(function: Callable[..., None], *arguments: Any) -> futures.Future[None]:
+    """Have a function that compiles called in the thread for that, which gives way to steps while it traces."""
+    return _background.submit(_giving_way, function, *arguments)
+
+
+def _giving_way(function: Callable[..., None], *arguments: Any) -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, GIVE_WAY_S))
+    try:
+        function(*arguments)
+    finally:
+        sys.setswitchinterval(before)

@@ -2,10 +2,13 @@
 
 Layer i+1's copies run beside layer i's compute, and the host issues both:
 
-    link_s(l)    = sum over copies (activations; keys, values) of max(bytes / bandwidth, time of a small copy)
-    compute_s(l) = layer + tokens in each form · time a token costs in that form
-    issue_s(l)   = cost of issuing the layer's step, and its copies where they are not part of it
-    step_s(l)    = L · max(link_s, compute_s, issue_s) + first copy or last compute + head
+    link_s(l)    = L · sum over copies (activations; keys, values) of max(small copy, beginning + bytes / bandwidth)
+    compute_s(l) = L · (layer + for each form: segment + tokens · token)
+    issue_s(l)   = L · cost of issuing the layer's step, and its copies where they are not part of it
+    step_s(l)    = max(link_s, compute_s + head, issue_s + head)
+
+since the window reaches over the ends of steps. Where the copies are part of the step (`engines.InStep`), nothing
+crosses while the next token is chosen: + head in any case.
 
 A form's tokens count as one copy, or two, however many segments they are in: merging keeps those few.
 `two_phase_step_s` is the cost model of the paper (arXiv 2411.17089, equations 8 to 11), kept for comparison.
@@ -23,9 +26,10 @@ from kvpr_jax.profiling.profile import Profile
 BUCKETS = 16  # split points tried, about
 TIMES_OF = {  # each side of a step: the profile's times that make it up
     "copies to the device": (),  # by size
-    "compute": ("base_s", "keys_values_token_s", "project_token_s", "absorb_token_s"),
+    "compute": ("base_s", "keys_values_s", "project_s", "absorb_s", "keys_values_token_s", "project_token_s",
+                "absorb_token_s"),
     "dispatch": ("dispatch_s", "issue_s"),
-}
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,19 +84,18 @@ class Costs:
         arrays = self.arrays_bytes(activations, keys_values)
         if not arrays:
             return self.profile.dispatch_s / group(self.config.num_layers)
-        copies = len(arrays) if sum(arrays) >= SMALL_BYTES else 0
+        copies = len(arrays) if self._is_large(activations, keys_values) else 0
         return self.profile.dispatch_s + copies * self.profile.issue_s
 
     def step_s(self, held: Held, recompute: Recompute, engine: Engine) -> float:
         """One decode step."""
-        sides, layers, head_s = self.sides(held, recompute, engine), self.config.num_layers, self.profile.head_s
-        link_s, compute_s = sides["copies to the device"], sides["compute"]
+        sides = self.sides(held, recompute, engine)
         if engine == "sequential":
-            return layers * (link_s + compute_s) + head_s
-        return layers * max(sides.values()) + min(link_s, compute_s) + head_s
+            return sum(sides.values()) + self.profile.head_s
+        return max(self._with_head(sides, held).values())
 
     def sides(self, held: Held, recompute: Recompute, engine: Engine) -> dict[str, float]:
-        """What one layer takes of each thing that a step may be bound by; dispatch, where the host runs ahead."""
+        """What all layers take of each thing that a step may be bound by; dispatch, where the host runs ahead."""
         activations, keys_values = held.activations, held.keys_values
         sides = {
             "copies to the device": self.link_s(activations, keys_values),
@@ -100,7 +103,16 @@ class Costs:
         }
         if engine == "overlapped":
             sides["dispatch"] = self.issue_s(activations, keys_values)
-        return sides
+        return {side: self.config.num_layers * seconds for side, seconds in sides.items()}
+
+    def _with_head(self, sides: dict[str, float], held: Held) -> dict[str, float]:
+        """These sides with what surrounds the layers, which only large copies go on beside."""
+        beside = {"copies to the device"} if self._is_large(held.activations, held.keys_values) else set()
+        return {side: seconds + (side not in beside) * self.profile.head_s for side, seconds in sides.items()}
+
+    def _is_large(self, activations: int, keys_values: int) -> bool:
+        """Whether a layer's copies are issued by themselves, not as a part of the step before."""
+        return self.host_bytes(activations, keys_values) >= SMALL_BYTES
 
     def slowed(self, held: Held, recompute: Recompute, engine: Engine, step_s: float) -> tuple["Costs", str]:
         """The cost model by which this step, which is predicted to take less, takes `step_s`; and what it blames.
@@ -108,9 +120,9 @@ class Costs:
         What the prediction is bound by is taken to be slower than profiled.
         """
         sides = self.sides(held, recompute, engine)
-        blamed = max(sides, key=lambda side: sides[side])
-        missing_s = step_s - self.step_s(held, recompute, engine)
-        times = 1 + missing_s / self.config.num_layers / sides[blamed]
+        ends = sides if engine == "sequential" else self._with_head(sides, held)
+        blamed = max(sides, key=lambda side: ends[side])
+        times = 1 + (step_s - self.step_s(held, recompute, engine)) / sides[blamed]
         changes: dict[str, Any] = {name: times * getattr(self.profile, name) for name in TIMES_OF[blamed]}
         if not changes:
             changes = {"to_device": [(nbytes, times * seconds) for nbytes, seconds in self.profile.to_device]}

@@ -20,7 +20,7 @@ from kvpr_jax.profiling.profile import Profile
 from kvpr_jax.segments import Place, Segment
 
 UNLIMITED = 2**62  # bytes
-PREPARE_AT = 0.25  # of the tail written: runs that end early compile nothing in vain, others are ready in time
+PREPARE_AT = 1 / 16  # of the tail written: runs that end early compile nothing in vain, others are ready in time
 
 
 class Decoder:
@@ -151,7 +151,7 @@ class Decoder:
         cache.length += 1
         cache.fetched_bytes += cache.bytes_per_step
         if cache.written == math.ceil(cache.plan.tail_tokens * PREPARE_AT) and cache.flushes < cache.plan.flushes:
-            cache.preparing = compiling.BACKGROUND.submit(self._prepare, cache, memory.described(h))
+            cache.preparing = compiling.ahead(self._prepare, cache, memory.described(h))
         compute = self.compute(cache.tails, place, cache.plan.recompute)
         h = cache.engine.step(self.config.num_layers, cache, compute, h, more=not cache.full)
         logits = steps.logits(*self.embedder, h)

@@ -60,9 +60,9 @@ def candidates(plan: Plan) -> list[Candidate]:
 
     def candidate(split: int, recompute: Recompute) -> Candidate:
         held = plan.with_tail(Held(split, tokens - split, plan.resident_tokens), 0)
-        layers, cache_bytes = costs.config.num_layers, costs.cache_bytes(split, tokens - split)
+        cache_bytes = costs.cache_bytes(split, tokens - split)
         sides = costs.sides(held, recompute, plan.engine)
-        link_s, compute_s = layers * sides["copies to the device"], layers * sides["compute"]
+        link_s, compute_s = sides["copies to the device"], sides["compute"]
         step_s = costs.step_s(held, recompute, plan.engine)
         fits = split not in plan.unfit_splits
         return Candidate(split, recompute, link_s, compute_s, step_s, cache_bytes, fits)

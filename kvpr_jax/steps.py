@@ -74,7 +74,11 @@ def embed(
         return embedder.encode(tokens, place), place.slots[-1:] + 1
 
 
-@functools.partial(jax.jit, static_argnames=("definition", "split", "resident", "chunk"), donate_argnames=("h",))
+@functools.partial(
+    jax.jit, static_argnames=("definition", "split", "resident", "chunk"), donate_argnames=("h",),
+    # Large products are as fast without: to try Triton's took half a minute for OPT-6.7B's on an H100.
+    compiler_options={"xla_gpu_enable_triton_gemm": False},
+)  # fmt: skip
 def prefill_layer(
     definition: Definition,
     params: Params,

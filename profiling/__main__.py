@@ -45,16 +45,19 @@ def copy_rows(measured: Profile) -> list[dict[str, str]]:
     def cell(size: int, seconds: float | None) -> str:
         return "-" if seconds is None else f"{seconds * 1e3:.3f} ms, {size / seconds / 1e9:.1f} GB/s"
 
-    def fitted(times: list[tuple[int, float]]) -> tuple[str, str]:
-        small_s, bandwidth = link.law(times)
-        return (f"{bandwidth / 1e9:.1f} GB/s", f"{small_s * 1e6:.1f} µs") if len(times) > 1 else ("-", "-")
+    def fitted(times: list[tuple[int, float]]) -> tuple[str, str, str]:
+        if len(times) < 2:
+            return "-", "-", "-"
+        law = link.law(times)
+        return f"{law.bytes_per_s / 1e9:.1f} GB/s", f"{law.begin_s * 1e6:.1f} µs", f"{law.small_s * 1e6:.1f} µs"
 
-    bandwidths, small = zip(*map(fitted, ways.values()), strict=True)
+    bandwidths, begin, small = zip(*map(fitted, ways.values()), strict=True)
     sizes = sorted({size for times in ways.values() for size, _ in times})
     return [
         *(row(f"{size / link.MIB:g} MiB", [cell(size, dict(times).get(size)) for times in ways.values()])
           for size in sizes),
         row("fitted bandwidth", bandwidths),
+        row("fitted time beside the bytes", begin),
         row("fitted time of a small one", small),
     ]  # fmt: skip
 
@@ -64,9 +67,12 @@ def layer_rows(measured: Profile) -> list[dict[str, str]]:
     seconds = {
         "a layer, empty cache": measured.base_s,
         "of that, the MLP": measured.mlp_s,
-        "1000 tokens more as keys and values": 1000 * measured.keys_values_token_s,
-        "1000 tokens more as activations, project": 1000 * measured.project_token_s,
-        "1000 tokens more as activations, absorb": 1000 * measured.absorb_token_s,
+        "a segment of keys and values": measured.keys_values_s,
+        "a segment of activations, project": measured.project_s,
+        "a segment of activations, absorb": measured.absorb_s,
+        "1000 tokens of it as keys and values": 1000 * measured.keys_values_token_s,
+        "1000 tokens of it as activations, project": 1000 * measured.project_token_s,
+        "1000 tokens of it as activations, absorb": 1000 * measured.absorb_token_s,
         "head: embedding, logits, next token": measured.head_s,
         "the host issues a layer's step in": measured.dispatch_s,
         "the host issues a copy in": measured.issue_s,

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.costs import Costs, Held
-from kvpr_jax.profiling import decode
+from kvpr_jax.profiling import decode, link
 from kvpr_jax.profiling.device import Device, Weights
 
 RESULTS = Path(__file__).with_name("results") / "nvidia-h200"  # in a checkout only
@@ -146,7 +145,7 @@ def reports() -> list[Report]:
 def measured(reports: list[Report]) -> Device:
     """The H200 that these reports were measured on."""
     rates = [report.rates() for report in reports]
-    layer_s, weights_bytes_per_s = _line([(r.weights.layer_bytes, r.profile["base_s"]) for r in reports])
+    layer_s, weights_bytes_per_s = link.line([(r.weights.layer_bytes, r.profile["base_s"]) for r in reports])
     heads_s = [r.profile["head_s"] - r.weights.head_bytes / weights_bytes_per_s for r in reports]
     steps_s = [
         (report.step_s(result) - report.profile["head_s"]) / report.config.num_layers
@@ -209,18 +208,3 @@ def _rounded(device: Device) -> Device:
         f.name: float(f"{getattr(device, f.name):.{DIGITS}g}") for f in dataclasses.fields(Device) if f.type is float
     }
     return dataclasses.replace(device, **figures)
-
-
-def _line(times: list[tuple[int, float]]) -> tuple[float, float]:
-    """A time in seconds and a rate in bytes per second, from (bytes, seconds): the line of least relative errors.
-
-    Neither is ever negative.
-    """
-    nbytes, seconds = np.array(times, np.float64).T
-    copies, weighted = 1 / seconds, nbytes / seconds  # cost · copies + seconds a byte · weighted should be 1
-    per_copy, per_byte = np.linalg.lstsq(np.stack([copies, weighted], axis=1), np.ones(len(times)))[0]
-    if per_copy < 0:
-        per_copy, per_byte = 0.0, weighted.sum() / (weighted @ weighted)
-    elif per_byte <= 0:
-        per_copy, per_byte = copies.sum() / (copies @ copies), 1e-15
-    return float(per_copy), float(1 / per_byte)

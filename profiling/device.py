@@ -112,6 +112,9 @@ class Device:
             both=copies,  # PCIe carries both directions at once
             base_s=base_s,
             mlp_s=base_s * weights.mlp_bytes / weights.layer_bytes,
+            keys_values_s=0.0,
+            project_s=0.0,
+            absorb_s=0.0,
             keys_values_token_s=keys_values_s,
             project_token_s=2 * formed_s + keys_values_s,
             absorb_token_s=share * (formed_s + keys_values_s / 2) + reads_s,

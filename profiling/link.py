@@ -1,11 +1,12 @@
 """Bandwidth between pinned host memory and the device, by size of the copy."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from kvpr_jax import memory
-from kvpr_jax.profiling.timing import issued_s, median_s
+from kvpr_jax.profiling.timing import issued_s, trials_s
 from kvpr_jax.segments import Activations
 
 Way = Literal["to_device", "to_host", "both"]
@@ -17,8 +18,9 @@ LARGE, LARGE_COPIES = 256 * MIB, 16  # what shows all of a GPU's bandwidth
 
 
 def sizes(way: Way) -> tuple[int, ...]:
-    """Sizes to measure. To the host only the smaller ones: XLA keeps all host memory that it has pinned."""
-    return SIZES if way == "to_device" else SIZES[:-1]
+    """Sizes to measure. The largest only where it shows a bandwidth, and not to the host: XLA keeps all host memory
+    that it has pinned."""
+    return SIZES if way == "to_device" and not memory.device_memory_is_host_memory() else SIZES[:-1]
 
 
 def copy_s(way: Way, size: int) -> float:
@@ -29,11 +31,14 @@ def copy_s(way: Way, size: int) -> float:
 
 
 def copies_s(way: Way, size: int, copies: int) -> float:
-    """Seconds of so many copies of `size` bytes, issued together; with "both", so many each way."""
+    """Seconds of so many copies of `size` bytes, issued together; with "both", so many each way.
+
+    The least of a few trials: what else the machine does only makes them longer.
+    """
     here = _segment(size)
     moves = [] if way == "to_host" else [(memory.fetched, memory.to_host(here))]
     moves += [] if way == "to_device" else [(memory.to_host, here)]
-    return median_s(lambda: [move(source).x for _ in range(copies) for move, source in moves])
+    return min(trials_s(lambda: [move(source).x for _ in range(copies) for move, source in moves]))
 
 
 def issue_s() -> float:
@@ -54,24 +59,53 @@ def gb_per_s() -> float:
     return LARGE_COPIES * size / copies_s("to_device", size, LARGE_COPIES) / 1e9
 
 
-def law(times: list[tuple[int, float]]) -> tuple[float, float]:
-    """Seconds of a small copy, and bytes per second of large ones: a copy behind others takes the longer of the two.
+class Law(NamedTuple):
+    """What a copy behind others takes: as long as a small one, or its share of the cost of beginning and its bytes.
 
-    Fitted to (bytes, seconds) by size: so many of the smaller sizes take one time, the others are in proportion to
-    their bytes, both with least squared relative errors. Copies of 64 KiB and 1 MiB in 80 µs and of 64 MiB in 1.26 ms
-    cost 80 µs, or run at 53 GB/s.
+    Attributes:
+        small_s: of a small copy, which takes as long to issue.
+        begin_s: what a larger one takes beside its bytes.
+        bytes_per_s: of what is larger.
     """
 
-    def mean(ratios: list[float]) -> float:  # m of the least squares of m · ratio = 1
-        return sum(ratios) / sum(ratio**2 for ratio in ratios)
+    small_s: float
+    begin_s: float
+    bytes_per_s: float
 
-    def error(small_s: float, per_byte: float) -> float:
-        return sum((max(small_s, nbytes * per_byte) / seconds - 1) ** 2 for nbytes, seconds in times)
+    def copy_s(self, nbytes: int) -> float:
+        return max(self.small_s, self.begin_s + nbytes / self.bytes_per_s)
 
+
+def law(times: list[tuple[int, float]]) -> Law:
+    """The law of copies, from (bytes, seconds).
+
+    So many of the smaller sizes take one time, the others lie on a line, both with least squared relative errors.
+    Copies of 64 KiB and 1 MiB in 80 µs, of 16 MiB in 315 µs and of 64 MiB in 1.23 ms cost 80 µs, or 10 µs and their
+    bytes at 55 GB/s.
+    """
     times = sorted(times)
     fits = []
     for small in range(len(times)):
-        small_s = mean([1 / seconds for _, seconds in times[:small]]) if small else 0.0
-        fits.append((small_s, mean([nbytes / seconds for nbytes, seconds in times[small:]])))
-    small_s, per_byte = min(fits, key=lambda fit: error(*fit))
-    return small_s, 1 / per_byte
+        fitted = [1 / seconds for _, seconds in times[:small]]
+        small_s = sum(fitted) / sum(ratio**2 for ratio in fitted) if small else 0.0
+        fits.append(Law(small_s, *line(times[small:])))
+
+    def error(fit: Law) -> float:
+        return sum((fit.copy_s(nbytes) / seconds - 1) ** 2 for nbytes, seconds in times)
+
+    return min(fits, key=lambda fit: round(error(fit), 9))  # of equally good ones that with fewer small sizes
+
+
+def line(times: list[tuple[int, float]]) -> tuple[float, float]:
+    """A time in seconds and a rate in bytes per second, from (bytes, seconds): the line of least squared relative
+    errors. Neither is ever negative."""
+    nbytes, seconds = np.array(times, np.float64).T
+    copies, weighted = 1 / seconds, nbytes / seconds  # time · copies + seconds a byte · weighted should be 1
+    per_copy, per_byte = 0.0, 0.0
+    if len(times) > 1:
+        per_copy, per_byte = np.linalg.lstsq(np.stack([copies, weighted], axis=1), np.ones(len(times)))[0]
+    if per_copy < 0 or len(times) == 1:
+        per_copy, per_byte = 0.0, weighted.sum() / (weighted @ weighted)
+    elif per_byte <= 0:
+        per_copy, per_byte = copies.sum() / (copies @ copies), 1e-15
+    return float(per_copy), float(1 / per_byte)

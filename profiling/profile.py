@@ -29,11 +29,12 @@ from kvpr_jax.profiling.timing import issued_s, median_s, trials_s
 from kvpr_jax.sampling import Sampling, prompt_keys
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
-VERSION = 3  # of the file's meaning
+VERSION = 4  # of the file's meaning
 PROBE_TOKENS, PROBE_TOKENS_ON_CPU = 16384, 1024  # over the batch: tokens in the segment whose cost is measured
+FEWER = 8  # times as few in a shorter one, which tells what a segment costs however short
 CALLS = 8  # layer steps dispatched together, as the engine does
 LONG_S = 0.1  # of those: more is measured by single calls, so that a slow machine is done in seconds too
-ENOUGH_S = 12.0  # of measuring: then only the smallest size is copied in the ways that no plan asks for
+ENOUGH_S = 12.0  # of measuring: then no shorter segments, and in the ways that no plan asks for one size only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Profile:
         both: the same of one copy each way, where copies cross in both directions at once.
         base_s: one layer step whose cache is empty: projections, norms and MLP.
         mlp_s: the MLP's part of it.
-        keys_values_token_s, project_token_s, absorb_token_s: what a token of the cache adds to it, in each form.
+        keys_values_s, project_s, absorb_s: what a segment of the cache adds to it in each form, however short.
+        keys_values_token_s, project_token_s, absorb_token_s: and what each of its tokens adds.
         head_s: embedding, logits and sampling of a step.
         dispatch_s, issue_s: what the host needs to issue one layer step, and one copy.
         compile_s: tracing and compiling one layer step.
@@ -58,6 +60,9 @@ class Profile:
     both: list[tuple[int, float]]
     base_s: float
     mlp_s: float
+    keys_values_s: float
+    project_s: float
+    absorb_s: float
     keys_values_token_s: float
     project_token_s: float
     absorb_token_s: float
@@ -67,18 +72,23 @@ class Profile:
     compile_s: float
 
     @functools.cached_property
-    def _to_device_law(self) -> tuple[float, float]:
+    def _to_device_law(self) -> link.Law:
         return link.law(self.to_device)
 
     def copy_s(self, nbytes: int) -> float:
         """Seconds that one host-to-device copy adds to others under way."""
-        small_s, bandwidth = self._to_device_law
-        return max(small_s, nbytes / bandwidth)
+        return self._to_device_law.copy_s(nbytes)
 
     def layer_s(self, recompute: Recompute, activations: int, keys_values: int) -> float:
-        """Seconds of one layer step over so many tokens in each form."""
-        per_activation = self.project_token_s if recompute == "project" else self.absorb_token_s
-        return self.base_s + activations * per_activation + keys_values * self.keys_values_token_s
+        """Seconds of one layer step over so many tokens in each form, a segment each."""
+        seconds = self.base_s
+        if activations:
+            projected = self.project_s + activations * self.project_token_s
+            absorbed = self.absorb_s + activations * self.absorb_token_s
+            seconds += projected if recompute == "project" else absorbed
+        if keys_values:
+            seconds += self.keys_values_s + keys_values * self.keys_values_token_s
+        return seconds
 
 
 def machine(config: ModelConfig, dtype: jnp.dtype, batch: int) -> dict[str, str]:
@@ -156,52 +166,67 @@ def measure(
     one = _some(abstract(dataclasses.replace(config, num_layers=1), dtype))
     probe = PROBE_TOKENS_ON_CPU if memory.device_memory_is_host_memory() else PROBE_TOKENS
     tokens = max(32, min(probe // batch, 2048))
+    few = tokens // FEWER
     slots = jnp.arange(tokens, dtype=jnp.int32)
     x = _numbers((batch, tokens, config.hidden_size), dtype)
     kv = _numbers((batch, tokens, config.num_kv_heads, config.head_dim), dtype)
     activations, keys_values = memory.placed((Activations(x, slots), KeysValues(kv, kv, slots)))
+    forms: dict[str, tuple[Segment, Recompute]] = {
+        "keys_values": (keys_values, "project"), "project": (activations, "project"), "absorb": (activations, "absorb")
+    }  # fmt: skip
 
-    calls = functools.partial(_calls, one, batch)
+    def over(form: str, count: int) -> Callable[[], tuple[float, float]]:
+        segment, recompute = forms[form]
+        return lambda: _run_s(_calls(one, batch, (memory.placed(segment[:count]),), recompute))
+
+    empty = _calls(one, batch, ())
     measurements: dict[Any, Callable[[], Any]] = {
-        "empty": lambda: _run_s(calls(())),
-        "keys_values": lambda: _run_s(calls((keys_values,))),
-        "project": lambda: _run_s(calls((activations,), "project")),
-        "absorb": lambda: _run_s(calls((activations,), "absorb")),
-        "dispatch": lambda: _dispatch_s(calls(()), measured["empty"][1]),
+        "empty": lambda: _run_s(empty),
+        **{(form, tokens): over(form, tokens) for form in forms},
+        "dispatch": lambda: _dispatch_s(empty, measured["empty"][1]),
         "mlp": functools.partial(_mlp_s, one, batch),
         "head": functools.partial(_head_s, one, batch),
         "issue": link.issue_s,
     }
-    for way in get_args(link.Way):
-        measurements |= {(way, size): functools.partial(link.copy_s, way, size) for size in link.sizes(way)}
+    copies: dict[link.Way, dict[Any, Callable[[], float]]] = {
+        way: {(way, size): functools.partial(link.copy_s, way, size) for size in link.sizes(way)}
+        for way in get_args(link.Way)
+    }
+    needed = {*measurements, *copies["to_device"], *(next(iter(sizes)) for sizes in copies.values())}
+    measurements |= copies["to_device"] | {(form, few): over(form, few) for form in forms}
+    measurements |= copies["to_host"] | copies["both"]
     measured: dict[Any, Any] = {}
     begin = time.perf_counter()
     for done, (name, measurement) in enumerate(measurements.items(), start=1):
-        needed = not isinstance(name, tuple) or "to_device" in name or link.sizes(name[0])[0] in name
-        if needed or time.perf_counter() - begin < ENOUGH_S:
+        if name in needed or time.perf_counter() - begin < ENOUGH_S:
             measured[name] = measurement()
         if progress is not None:
             progress(done, len(measurements))
 
-    copies = {
-        way: [(size, measured[way, size]) for size in link.sizes(way) if (way, size) in measured]
-        for way in get_args(link.Way)
-    }
     compile_s, base_s = measured["empty"]
 
-    def token_s(form: str) -> float:
-        return max(0.0, measured[form][1] - base_s) / tokens
+    def segment_s(form: str) -> tuple[float, float]:
+        """Of a segment, and of each of its tokens: the line through both lengths, neither ever negative."""
+        many_s, few_s = (
+            max(0.0, measured[form, n][1] - base_s) if (form, n) in measured else 0.0 for n in (tokens, few)
+        )
+        begin_s = max(0.0, few_s - few * max(0.0, many_s - few_s) / (tokens - few))
+        return min(begin_s, many_s), max(0.0, many_s - begin_s) / tokens
+
+    fitted = {form: segment_s(form) for form in forms}
+
+    def by_size(way: link.Way) -> list[tuple[int, float]]:
+        return [(size, measured[way, size]) for size in link.sizes(way) if (way, size) in measured]
 
     return Profile(
         machine=machine(config, dtype, batch),
-        to_device=copies["to_device"],
-        to_host=copies["to_host"],
-        both=copies["both"],
+        to_device=by_size("to_device"),
+        to_host=by_size("to_host"),
+        both=by_size("both"),
         base_s=base_s,
         mlp_s=min(measured["mlp"], base_s),
-        keys_values_token_s=token_s("keys_values"),
-        project_token_s=token_s("project"),
-        absorb_token_s=token_s("absorb"),
+        **{f"{form}_s": begin_s for form, (begin_s, _) in fitted.items()},
+        **{f"{form}_token_s": token_s for form, (_, token_s) in fitted.items()},
         head_s=measured["head"],
         dispatch_s=min(measured["dispatch"], base_s),
         issue_s=measured["issue"],

@@ -190,6 +190,7 @@ def test_statistics_count_what_happened(model, tokenizer):
     assert statistics.prompt_tokens_per_s == pytest.approx(statistics.prompt_tokens / statistics.prefill_s)
     assert statistics.new_tokens_per_s == pytest.approx(len(PROMPTS) * (NEW - 1) / statistics.decode_s)
     assert statistics.link_gb_per_s == pytest.approx(statistics.link_bytes / statistics.decode_s / 1e9)
+    assert 0 <= statistics.compile_s < statistics.prefill_s + statistics.decode_s
     stored = json.loads(json.dumps(statistics.as_dict()))
     assert stored["new_tokens_per_s"] == statistics.new_tokens_per_s and stored["link_bytes"] == statistics.link_bytes
 
@@ -209,6 +210,17 @@ def test_a_stream_that_is_broken_off_has_true_outputs(model, tokenizer, outputs,
         assert output.token_ids == whole.token_ids[: len(own)] == [piece.token_id for piece in own]
         assert output.text == "".join(piece.text for piece in own) and whole.text.startswith(output.text)
         assert output.finish_reason == ("length" if len(own) == NEW else None)
+
+
+def test_the_time_to_compile_is_that_of_the_run(model, tokenizer):
+    """Two steps of the same shapes: the first run compiles them, the second one nothing."""
+    jax.clear_caches()
+    taken = []
+    for _ in range(2):
+        running = stream(model, tokenizer, PROMPTS[:1], max_new_tokens=3, offload="all")
+        list(running)
+        taken.append(running.statistics.compile_s)
+    assert taken[0] > 0.05 and taken[1] == 0.0
 
 
 def test_statistics_of_a_stream_that_is_broken_off_agree_with_each_other(model, tokenizer):

@@ -2,6 +2,7 @@
 
 import collections
 import gc
+import sys
 import time
 import weakref
 
@@ -332,6 +333,15 @@ def test_a_step_that_waits_for_its_compilation_says_so(monkeypatch):
     assert 0.1 < cache.longest_wait_s < 0.6
 
 
+def test_the_compiling_thread_gives_way_only_while_it_compiles():
+    before, seen = sys.getswitchinterval(), []
+    compiling.ahead(lambda *given: seen.append((given, sys.getswitchinterval())), 1, 2).result()
+    assert seen == [((1, 2), pytest.approx(compiling.GIVE_WAY_S))] and sys.getswitchinterval() == before
+    with pytest.raises(ZeroDivisionError):
+        compiling.ahead(lambda: 1 / 0).result()
+    assert sys.getswitchinterval() == before
+
+
 def test_a_plan_knows_what_has_been_compiled():
     """All in one process: the second request would rather have another split, but has few steps for it."""
     decoder = Decoder(random_model(OPT))
@@ -346,14 +356,10 @@ def test_a_plan_knows_what_has_been_compiled():
 def test_a_run_that_ends_early_compiles_nothing_in_vain(monkeypatch):
     prepared = []
 
-    class Thread:
-        def submit(self, _, cache, h):
-            prepared.append(cache.length)
-
-    monkeypatch.setattr(compiling, "BACKGROUND", Thread())
+    monkeypatch.setattr(compiling, "ahead", lambda _, cache, h: prepared.append(cache.length))
     decoder = Decoder(random_model(OPT))
     prompts = random_prompts((13,), OPT.vocab_size)
-    for new, lengths in ((9, []), (10, [13 + 2]), (25, [13 + 2, 13 + 10])):
+    for new, lengths in ((9, []), (10, [13 + 1]), (25, [13 + 1, 13 + 9])):
         greedy(decoder, prompts, new, Request(split="6", tail_tokens=8))
         assert prepared == lengths
         prepared.clear()

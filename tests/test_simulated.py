@@ -110,10 +110,10 @@ def test_synthetic_devices_have_the_h200s_shares_of_their_own_peaks():
 
 
 def test_the_h200_reproduces_what_was_measured_on_it():
-    """Within what its page states; the benchmark's own l = 0 and best steps are within a few percent."""
+    """Within what its page states: a few percent, but for the smallest step, which the host could not issue faster."""
     h200, reports = derived.devices()[0], derived.reports()
     assert len(reports) == 9
-    errors = []
+    errors, smallest = [], []
     for report in reports:
         found = h200.profile(report.config, report.dtype, report.batch)
         assert found.project_token_s == pytest.approx(report.profile["project_token_s"], rel=0.1)
@@ -122,7 +122,9 @@ def test_the_h200_reproduces_what_was_measured_on_it():
         for result in report.results:
             if result["plan"]["offloaded"]:
                 errors.append(abs(report.predicted_s(result, h200) / report.step_s(result) - 1))
-    assert len(errors) > 30 and statistics.median(errors) < 0.02 and max(errors) < 0.12
+                smallest += errors[-1:] * (report.batch == 1 and result["plan"]["cached_tokens"] == 512)
+    assert len(errors) > 30 and statistics.median(errors) < 0.02
+    assert len(smallest) == 2 and max(smallest) < 0.13 and max(set(errors) - set(smallest)) < 0.05
     page = (device.DEVICES / "README.md").read_text()
     stated = re.search(r"error is (\S+)% in the median and (\S+)% at most", page)
     assert [float(text) for text in stated.groups()] == pytest.approx(
@@ -222,7 +224,7 @@ def changed(**changes):
     (changed(memory_bytes=1.5), "memory_bytes 1.5 must be of type int"),
     (changed(memory_bytes=0), "memory_bytes 0 must be above 0"),
     (changed(synthetic="no"), "synthetic 'no' must be of type bool"),
-    (json.dumps({"machine": {}}), "a Profile lacks absorb_token_s, "),
+    (json.dumps({"machine": {}}), "a Profile lacks absorb_s, absorb_token_s, "),
     (json.dumps(dataclasses.asdict(profile(base_s=-1.0))), "base_s -1.0 is of no use: -1.0 s"),
     (json.dumps(dataclasses.asdict(profile(to_device=[]))), "to_device [] is of no use: "),
     (json.dumps(dataclasses.asdict(profile()) | {"machine": 3}), "machine 3 is of no use: "),
@@ -267,7 +269,7 @@ def test_the_table_by_hand(capsys):
     def ours(split, token):
         link = 16 * 2 * (split * 4096 + (1024 - split) * 8192) / bandwidth
         compute = base + split * token + (1024 - split) * kv
-        return 32 * max(link, compute) + min(link, compute) + head
+        return max(32 * link, 32 * compute + head)
 
     def paper(split):
         first, rest = 16 * 2 * split * 4096 / bandwidth, 16 * 2 * (1024 - split) * 8192 / bandwidth

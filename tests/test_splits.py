@@ -72,8 +72,8 @@ def test_what_is_predicted_is_the_step_that_was_measured(monkeypatch):
     monkeypatch.setattr(profiles, "load_or_measure", lambda *_: dataclasses.replace(SLOW, project_token_s=1e-2))
     decoder, prompts = Decoder(random_model(CONFIG)), [[3] * 64, [4] * 64]
     streamed, held = splits.sweep(decoder, prompts, 3, 2, ["project"])
-    assert streamed["predicted_step_s"] == pytest.approx([2 * 64 * 3e-4 + 67e-6 + 1e-3] * 3)
-    assert held["predicted_step_s"] == pytest.approx([2 * (64e-2 + 3e-6) + 64 * 1.5e-4 + 1e-3] * 3)
+    assert streamed["predicted_step_s"] == pytest.approx([2 * 64 * 3e-4 + 1e-3] * 3)
+    assert held["predicted_step_s"] == pytest.approx([2 * (64e-2 + 3e-6) + 1e-3] * 3)
     assert streamed["two_phase_step_s"] == pytest.approx(2 * 64 * 3e-4 + 1e-3)
     assert held["two_phase_step_s"] == pytest.approx(2 * (64 * 1.5e-4 + 64e-2) + 1e-3)
 

@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 import transformers
 
-from kvpr_jax import checkpoint, memory, steps
+from kvpr_jax import checkpoint, compiling, memory, steps
 from kvpr_jax.cache import Cache
 from kvpr_jax.models import Model
 from kvpr_jax.plan import Plan, Request
@@ -75,6 +75,7 @@ class Statistics:
         decode_s: from then until the last tokens are known.
         decode_steps: steps in that time.
         link_bytes: bytes fetched from the host in those steps.
+        compile_s: of compilation in all threads, or of reading what an earlier run compiled; tracing is left out.
         recompiled: functions that steps behind the first one had to compile.
         longest_wait_s: the longest that one of them waited for what was being compiled in the background.
         miss: what was said of steps that took longer than predicted for long; None if they did not.
@@ -89,6 +90,7 @@ class Statistics:
     decode_s: float = 0.0
     decode_steps: int = 0
     link_bytes: int = 0
+    compile_s: float = 0.0
     recompiled: int = 0
     longest_wait_s: float = 0.0
     miss: str | None = None
@@ -250,13 +252,14 @@ class Stream:
         return self._pieces
 
     def _run(self, tokens: Iterator[tuple[np.ndarray, Cache]], writers: list[_Writer]) -> Iterator[Piece]:
-        statistics, begin, first = self.statistics, time.perf_counter(), None
+        statistics, begin, first, compiled_s = self.statistics, time.perf_counter(), None, compiling.compile_s()
         for step, (row, cache) in enumerate(tokens):
             now = time.perf_counter()
             if first is None:
                 first, statistics.prefill_s = now, now - begin
             statistics.decode_s, statistics.decode_steps = now - first, step
             statistics.link_bytes, statistics.miss = cache.fetched_bytes, cache.miss
+            statistics.compile_s = compiling.compile_s() - compiled_s
             statistics.recompiled, statistics.longest_wait_s = cache.recompiled, cache.longest_wait_s
             statistics.peak_device_bytes = memory.peak_device_bytes()
             statistics.peak_host_bytes = memory.peak_host_bytes()

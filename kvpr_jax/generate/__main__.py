@@ -141,7 +141,8 @@ def summary(stream: Stream) -> str:
         f"prompt: {s.prompt_tokens} tokens, {s.prompt_tokens_per_s:.1f} tokens/s | "
         f"generation: {s.new_tokens} tokens, {s.new_tokens_per_s:.1f} tokens/s | "
         f"link: {s.link_bytes / 1e6:.1f} MB, {s.link_gb_per_s:.3f} GB/s | "
-        f"recompiled: {s.recompiled}, longest wait {s.longest_wait_s * 1e3:.1f} ms | "
+        f"compilation: {s.compile_s:.2f} s, of steps behind the first {s.recompiled}, "
+        f"longest wait {s.longest_wait_s * 1e3:.1f} ms | "
         f"peak memory: {device}host {s.peak_host_bytes / memory.GIB:.2f} GiB"
     )
 
