@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from kvpr_jax import checkpoint, command_line, memory
 from kvpr_jax.command_line import FAILURE, Parser, Reporter, failing_with
-from kvpr_jax.profiling import decode, link, profile
+from kvpr_jax.profiling import link, profile, settings
 from kvpr_jax.profiling.profile import Profile
 from kvpr_jax.profiling.report import table
 
@@ -112,7 +112,7 @@ def execute(arguments: argparse.Namespace) -> int:
     with failing_with(FAILURE):
         if arguments.batch < 1:
             raise ValueError(f"batch {arguments.batch} must be at least 1")
-        config = decode.shape(arguments.model, None)
+        config = settings.shape(arguments.model, None)
         dtype = jnp.dtype(arguments.dtype or default_dtype(arguments.model))
         setting = ["--model", arguments.model, "--dtype", dtype.name, "--batch", str(arguments.batch)]
         key = profile.machine(config, dtype, arguments.batch)
@@ -126,7 +126,7 @@ def execute(arguments: argparse.Namespace) -> int:
         elif measured is None:
             command = shlex.join(["python", "-m", "kvpr_jax.profiling", *setting])
             raise ValueError(f"this machine has no profile for that model, dtype and batch yet: {command} makes it")
-    print(f"{decode.name_of(arguments.model)}, {dtype.name}, batch {arguments.batch}\n")
+    print(f"{settings.name_of(arguments.model)}, {dtype.name}, batch {arguments.batch}\n")
     print("\n\n".join(map(table, (machine_rows(), copy_rows(measured), layer_rows(measured)))))
     if memory.device_memory_is_host_memory():
         print("\nThere is no GPU: the CPU computes, copies stay within host memory, and both kinds of it are the same.")

@@ -7,8 +7,6 @@ streams them can be faster.
 import argparse
 import copy
 import dataclasses
-import os
-import re
 import statistics
 import sys
 import time
@@ -18,122 +16,17 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from jaxtyping import Array
 
-from kvpr_jax import checkpoint, command_line, engines, memory
+from kvpr_jax import command_line, engines, memory
 from kvpr_jax.cache import Cache
 from kvpr_jax.command_line import FAILURE, Parser, Reporter, failing_with
-from kvpr_jax.config import ModelConfig
-from kvpr_jax.models import Model, released
 from kvpr_jax.plan import Plan, Request
-from kvpr_jax.profiling import link, matmul, plain, plot, profile, report, timing
+from kvpr_jax.profiling import link, matmul, plain, plot, report, settings, timing
+from kvpr_jax.profiling.settings import Setting
 from kvpr_jax.runtime import Decoder
 
 WARM_UP_STEPS = 2  # enough to compile all that comes before a flush
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What is measured. Refuses numbers below 1.
-
-    Attributes:
-        model: a released size, or a config.json or its directory.
-        layers: only so many of its layers, or None.
-        batch: B.
-        prompt: tokens of each prompt.
-        new_tokens: steps timed.
-        dtype: of the weights, by name.
-    """
-
-    model: str
-    layers: int | None
-    batch: int
-    prompt: int
-    new_tokens: int
-    dtype: str
-
-    def __post_init__(self) -> None:
-        for name in ("layers", "batch", "prompt", "new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name.replace('_', '-')} {value} must be at least 1")
-
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> "Setting":
-        """That of the options of `add_setting_options`."""
-        return cls(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(cls)})
-
-    def check(self, out: Path, picture: Path | None = None) -> None:
-        """Make sure that it can be measured, written to `out` and drawn, before anything takes long.
-
-        Raises:
-            ValueError: the model is unknown, or a file cannot be written.
-        """
-        shape(self.model, self.layers)
-        if picture is not None:
-            plot.check(picture)
-        report.prepare(out)
-
-    def decoder(self) -> Decoder:
-        """The model with random weights.
-
-        Raises:
-            ValueError: it is unknown.
-        """
-        config = shape(self.model, self.layers)
-        positions = self.prompt + self.new_tokens + 16  # random weights: any number will do
-        config = dataclasses.replace(config, max_positions=max(config.max_positions, positions))
-        return Decoder(Model(config, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(0)))
-
-    def prompts(self, decoder: Decoder) -> list[list[int]]:
-        """Random tokens, the same each time."""
-        rng = np.random.default_rng(0)
-        return rng.integers(3, decoder.config.vocab_size, (self.batch, self.prompt)).tolist()
-
-    def default_out(self, benchmark: str) -> Path:
-        """The file of a benchmark's report, under the current directory."""
-        layers = "" if self.layers is None else f"-layers-{self.layers}"
-        name = f"{benchmark}-{dashed(name_of(self.model))}-batch-{self.batch}-prompt-{self.prompt}{layers}.json"
-        return Path("profiling/results", dashed(jax.local_devices()[0].device_kind), name)
-
-    def report(
-        self, benchmark: str, argv: Sequence[str], decoder: Decoder, engine: engines.Engine = "overlapped"
-    ) -> dict[str, Any]:
-        """What every report of a benchmark of decoding begins with."""
-        config = decoder.config
-        return report.header(benchmark, argv) | {
-            "setting": {
-                "model": name_of(self.model),
-                "layers": config.num_layers,
-                "dtype": self.dtype,
-                "batch": self.batch,
-                "prompt": self.prompt,
-                "engine": engine,
-            },
-            "profile": dataclasses.asdict(profile.load_or_measure(config, decoder.dtype, self.batch)),
-        }
-
-
-def shape(model: str, layers: int | None) -> ModelConfig:
-    """The config of a released size by name, or of a config.json or its directory; with fewer layers if so asked.
-
-    Raises:
-        ValueError: neither.
-    """
-    path = Path(model)
-    if path.is_dir() or (path.name == "config.json" and path.is_file()):
-        config, _ = checkpoint.read_config(path if path.is_dir() else path.parent)
-    else:
-        config = released.release(model).config
-    return config if layers is None else dataclasses.replace(config, num_layers=layers)
-
-
-def name_of(model: str) -> str:
-    """What a model is called in a report: the last part of its name, or its directory's."""
-    path = Path(os.path.abspath(model))
-    return path.parent.name if path.name == "config.json" else path.name
 
 
 def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, request: Request) -> dict[str, Any]:
@@ -279,9 +172,9 @@ def rows(results: list[dict[str, Any]], link_gb_per_s: float, peak_flops_per_s: 
             "split": f"{plan['split']} of {plan['cached_tokens']}" if plan["offloaded"] else plot.on_device(result),
             "recompute": plan["recompute"] if plan["split"] else "-",
             "resident": str(plan["resident_tokens"]),
-            "step (ms)": median_ms(result["step_s"]),
-            "min to max": min_to_max(result["step_s"]),
-            "predicted (ms)": "-" if "plain" in result else median_ms(result["predicted_step_s"]),
+            "step (ms)": report.median_ms(result["step_s"]),
+            "min to max": report.min_to_max(result["step_s"]),
+            "predicted (ms)": "-" if "plain" in result else report.median_ms(result["predicted_step_s"]),
             "MB a step": f"{nbytes / 1e6:.1f}",
             "compute alone (ms)": f"{result['compute_s'] * 1e3:.2f}",
             "GB/s": f"{nbytes / step_s / 1e9:.1f}",
@@ -297,16 +190,6 @@ def rows(results: list[dict[str, Any]], link_gb_per_s: float, peak_flops_per_s: 
             "device, peak so far (GiB)": "-" if peak is None else f"{peak / memory.GIB:.2f}",
         })  # fmt: skip
     return lines
-
-
-def median_ms(seconds: Sequence[float]) -> str:
-    """The median, in milliseconds."""
-    return f"{statistics.median(seconds) * 1e3:.2f}"
-
-
-def min_to_max(seconds: Sequence[float]) -> str:
-    """The least and the most, in milliseconds."""
-    return f"{min(seconds) * 1e3:.2f} to {max(seconds) * 1e3:.2f}"
 
 
 def growth(results: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -337,55 +220,20 @@ def growth(results: list[dict[str, Any]]) -> list[dict[str, str]]:
     return lines
 
 
-def dashed(text: str) -> str:
-    """In lower case, with dashes between words: "NVIDIA H200" is nvidia-h200."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
-
-
-def add_setting_options(parser: Parser, new_tokens: int = 64, several: bool = False) -> None:
-    """What is measured: the fields of a `Setting`.
-
-    Args:
-        new_tokens: the default.
-        several: whether model, batch and prompt may be given several times; each then is a list.
-    """
-    add = parser.add_argument
-    for name, default, options, text in (
-        ("model", "opt-6.7b", {}, "a released size (models/README.md), or a directory"),
-        ("batch", 32, {"metavar": "N", "type": int}, "sequences"),
-        ("prompt", 1024, {"metavar": "N", "type": int}, "tokens of each prompt"),
-    ):
-        if several:
-            add(f"--{name}", action=Several, default=[default], help=f"{text}; may be given several times", **options)
-        else:
-            add(f"--{name}", default=default, help=text, **options)
-    add("--layers", metavar="N", type=int, help="only so many layers, where host memory is short")
-    add("--new-tokens", metavar="N", type=int, default=new_tokens, help="steps timed")
-    add("--dtype", choices=checkpoint.DTYPES, default="bfloat16")
-
-
-class Several(argparse.Action):
-    """Gathers the values of an option in a list, which the first one begins anew in place of the default."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        held = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [values] if held is self.default else [*held, values])
-
-
 def parser() -> Parser:
     parser = Parser(
         prog="python -m kvpr_jax.profiling.decode",
         description="Time every decode step of a model with random weights, beside the floor that the link sets.",
     )
-    add_setting_options(parser)
+    settings.add_options(parser)
     add = parser.add_argument
-    add("--split", metavar="N|P%|device|plain", action=Several, default=["0%", "100%"], help="device: all of the cache "
-        "stays there; plain: as there, in plain JAX, without kvpr_jax's engines; may be given several times; default: "
-        "0%% and 100%%")  # fmt: skip
+    add("--split", metavar="N|P%|device|plain", action=settings.Several, default=["0%", "100%"], help="device: all of "
+        "the cache stays there; plain: as there, in plain JAX, without kvpr_jax's engines; may be given several times; "
+        "default: 0%% and 100%%")  # fmt: skip
     add("--device-cache-gib", metavar="GIB", type=float, help="measure also what the scheduler plans if the device may "
         "hold so much of the cache")  # fmt: skip
-    add("--recompute", choices=("auto", "project", "absorb"), action=Several, default=["auto"], help="given twice, "
-        "every split but 0 is measured in both ways; default: auto")  # fmt: skip
+    add("--recompute", choices=("auto", "project", "absorb"), action=settings.Several, default=["auto"], help="given "
+        "twice, every split but 0 is measured in both ways; default: auto")  # fmt: skip
     add("--engine", choices=get_args(engines.Engine), default="overlapped")
     add("--out", metavar="FILE", type=Path, help="JSON file for every trial, which is replaced if it exists; default: "
         "profiling/results/<gpu>/decode-<model>-batch-<N>-prompt-<N>.json")  # fmt: skip

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.costs import Costs, Held
-from kvpr_jax.profiling import decode, link
+from kvpr_jax.profiling import decode, link, settings
 from kvpr_jax.profiling.device import Device, Weights
 
 RESULTS = Path(__file__).with_name("results") / "nvidia-h200"  # in a checkout only
@@ -132,7 +132,7 @@ def reports() -> list[Report]:
         fields = json.loads(path.read_text())
         if fields["command"].split()[2] == decode.parser().prog.split()[2]:
             given = decode.parser().parse_args(shlex.split(fields["command"])[3:])
-            config, dtype = decode.shape(given.model, given.layers), jnp.dtype(given.dtype)
+            config, dtype = settings.shape(given.model, given.layers), jnp.dtype(given.dtype)
             link_bytes_per_s = fields["link_gb_per_s"] * 1e9
             found.append(
                 Report(path.stem, config, dtype, given.batch, link_bytes_per_s, fields["profile"], fields["results"])

@@ -25,7 +25,7 @@ from kvpr_jax import checkpoint
 from kvpr_jax.command_line import FAILURE, Failure, Parser, Reporter, failing_with, run
 from kvpr_jax.models import opt
 from kvpr_jax.plan import Request
-from kvpr_jax.profiling import decode, plot, profile, report, timeline
+from kvpr_jax.profiling import plot, profile, report, settings, timeline
 
 TAIL_TOKENS = 64  # on the device, half of them written
 WARM_UP, TRIALS = 2, 7
@@ -131,13 +131,13 @@ def require() -> None:
         raise Failure("no NVIDIA GPU was found: there are no copies to overlap without one", FAILURE)
 
 
-def settings(arguments: argparse.Namespace) -> list[Setting]:
+def wanted(arguments: argparse.Namespace) -> list[Setting]:
     """The steps to measure, in order.
 
     Raises:
         ValueError: not an OPT model whose norms come first, or a split that the prompt does not have.
     """
-    config = decode.shape(arguments.model, arguments.layers)
+    config = settings.shape(arguments.model, arguments.layers)
     if not (isinstance(config, opt.Config) and config.norm_first):
         raise ValueError(f"model {arguments.model!r} must be an OPT other than opt-350m: PyTorch's layer is OPT's")
     found = []
@@ -217,7 +217,7 @@ def execute(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     """Carry out a parsed command line and return the exit code."""
     require()
     with failing_with(FAILURE):
-        steps = settings(arguments)
+        steps = wanted(arguments)
         report.prepare(arguments.out)
         if arguments.timeline is not None:
             plot.check(arguments.timeline)

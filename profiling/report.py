@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shlex
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from kvpr_jax.command_line import FAILURE, Parser, failing_with, run
 from kvpr_jax.profiling import profile
 
 PICTURES = (".svg", ".png")  # beside a report, with its name
+MORE_TABLES = ("growth", "summary")  # of some reports, behind the one that all have
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers")
 
 
@@ -55,6 +57,16 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     """A Markdown table; the first row's keys are the heading."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def median_ms(seconds: Sequence[float]) -> str:
+    """The median, in milliseconds."""
+    return f"{statistics.median(seconds) * 1e3:.2f}"
+
+
+def min_to_max(seconds: Sequence[float]) -> str:
+    """The least and the most, in milliseconds."""
+    return f"{min(seconds) * 1e3:.2f} to {max(seconds) * 1e3:.2f}"
 
 
 def prepare(path: Path) -> None:
@@ -104,9 +116,10 @@ def page(folder: Path) -> str:
         try:
             report = json.loads(path.read_text())
             versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+            tables = [table(report["table"]), *(table(report[name]) for name in MORE_TABLES if report.get(name))]
             sections.append(
                 f"## {path.stem}\n\n    {report['command']}\n\n{report['date']}, {report['machine']['device']}, driver "
-                f"{report['machine']['driver']}; {versions}.\n\n{table(report['table'])}"
+                f"{report['machine']['driver']}; {versions}.\n\n" + "\n\n".join(tables)
             )
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path} is not a report of a benchmark: {error!r}") from error

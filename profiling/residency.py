@@ -18,8 +18,8 @@ from kvpr_jax import command_line, engines, memory
 from kvpr_jax.cache import Cache
 from kvpr_jax.command_line import FAILURE, Parser, failing_with
 from kvpr_jax.plan import Request
-from kvpr_jax.profiling import decode, link, plot, report
-from kvpr_jax.profiling.decode import Setting
+from kvpr_jax.profiling import decode, link, plot, report, settings
+from kvpr_jax.profiling.settings import Setting
 from kvpr_jax.runtime import Decoder
 
 
@@ -86,8 +86,8 @@ def rows(results: dict[str, dict[str, Any]], link_gb_per_s: float) -> list[dict[
         floor_s = nbytes / link_gb_per_s / 1e9
         lines.append({
             "stays on the device": name,
-            "step (ms)": decode.median_ms(result["step_s"]),
-            "min to max": decode.min_to_max(result["step_s"]),
+            "step (ms)": report.median_ms(result["step_s"]),
+            "min to max": report.min_to_max(result["step_s"]),
             "MB a step": f"{nbytes / 1e6:.1f}",
             "floor (ms)": f"{floor_s * 1e3:.2f}",
             "step / floor": f"{step_s / floor_s:.3f}",
@@ -100,7 +100,7 @@ def parser() -> Parser:
         prog="python -m kvpr_jax.profiling.residency",
         description="Time decode steps with one share of the cache on the device, in three arrangements.",
     )
-    decode.add_setting_options(parser, new_tokens=32)
+    settings.add_options(parser, new_tokens=32)
     add = parser.add_argument
     add("--share", metavar="P", type=int, default=50, help="percent of the cache on the device; default: 50")
     add("--out", metavar="FILE", type=Path, help="JSON file for every trial, which is replaced if it exists; default: "
@@ -114,7 +114,7 @@ def execute(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         setting = Setting.of(arguments)
         out = arguments.out or setting.default_out("residency")
         setting.check(out)
-        layers = decode.shape(setting.model, setting.layers).num_layers
+        layers = settings.shape(setting.model, setting.layers).num_layers
         wanted = arrangements(layers, setting.prompt, arguments.share)
         decoder = setting.decoder()
         prompts, link_gb_per_s = setting.prompts(decoder), link.gb_per_s()

@@ -25,7 +25,7 @@ import transformers
 from kvpr_jax import checkpoint, memory
 from kvpr_jax.command_line import FAILURE, Failure, Parser, Reporter, failing_with, run
 from kvpr_jax.models import released
-from kvpr_jax.profiling import decode, plot, report
+from kvpr_jax.profiling import plot, report, settings
 
 CACHES = ("offloaded", "offloaded_static", "static", "dynamic")  # transformers' names; the last two stay on the GPU
 DEFAULT_CACHES = CACHES[:3]
@@ -49,7 +49,7 @@ def cuda() -> str:
 
 
 def shape(model: str, layers: int | None, positions: int) -> Any:
-    """What `decode.shape` gives, as a config of transformers with room for so many positions.
+    """What `settings.shape` gives, as a config of transformers with room for so many positions.
 
     Raises:
         ValueError: neither a released size nor a config.json or its directory.
@@ -173,7 +173,7 @@ def parser() -> Parser:
         prog="python -m kvpr_jax.profiling.rivals",
         description="Time every decode step of Hugging Face transformers and of kvpr_jax on the same shape and batch.",
     )
-    decode.add_setting_options(parser)
+    settings.add_options(parser)
     add = parser.add_argument
     add("--cache", choices=CACHES, action="append", help="transformers' cache_implementation, not compiled; may be "
         f"given several times; default: {', '.join(DEFAULT_CACHES)}")  # fmt: skip

@@ -19,7 +19,7 @@ from kvpr_jax.command_line import FAILURE, Parser, failing_with
 from kvpr_jax.costs import Held, buckets
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.plan import Request, Workload
-from kvpr_jax.profiling import decode, derived, report
+from kvpr_jax.profiling import derived, report, settings
 from kvpr_jax.profiling.device import DEVICES, Weights, given, shipped
 from kvpr_jax.profiling.report import table
 from kvpr_jax.runtime import UNLIMITED
@@ -127,11 +127,11 @@ def gains(name: str, model: str, dtype: jnp.dtype, workload: Workload) -> dict[s
     """What a device would gain with a model whose cache is all on the host: a row of the table.
 
     Raises:
-        ValueError: as `given` and `decode.shape` do.
+        ValueError: as `given` and `settings.shape` do.
     """
-    config = decode.shape(model, None)
+    config = settings.shape(model, None)
     found, memory_bytes = given(name, config, dtype, workload.batch)
-    row = {"device": found.machine["device"], "model": decode.name_of(model)}
+    row = {"device": found.machine["device"], "model": settings.name_of(model)}
     columns = ("l = 0 (ms)", *WAYS, "paper's formula")
     free = UNLIMITED if memory_bytes is None else memory_bytes - Weights.of(config, dtype).model_bytes
     if free < 0:
@@ -232,7 +232,7 @@ def execute(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
                 raise ValueError(f"{name} {getattr(arguments, name)} must be at least 1")
         if arguments.write:
             for each in derived.devices():
-                report.write(DEVICES / f"{decode.dashed(each.name)}.json", dataclasses.asdict(each))
+                report.write(DEVICES / f"{settings.dashed(each.name)}.json", dataclasses.asdict(each))
         dtype, workload = jnp.dtype(arguments.dtype), Workload(arguments.batch, arguments.prompt, new_tokens=1)
         gained = table([
             gains(name, model, dtype, workload)

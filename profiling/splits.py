@@ -17,8 +17,8 @@ from kvpr_jax import command_line
 from kvpr_jax.command_line import FAILURE, Parser, failing_with
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.plan import Request
-from kvpr_jax.profiling import decode, link, plot, report
-from kvpr_jax.profiling.decode import Setting
+from kvpr_jax.profiling import decode, link, plot, report, settings
+from kvpr_jax.profiling.settings import Setting
 from kvpr_jax.runtime import Decoder
 
 
@@ -59,9 +59,9 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         {
             "split": f"{result['plan']['split']} of {result['plan']['cached_tokens']}",
             "recompute": result["plan"]["recompute"] if result["plan"]["split"] else "-",
-            "step (ms)": decode.median_ms(result["step_s"]),
-            "min to max": decode.min_to_max(result["step_s"]),
-            "predicted (ms)": decode.median_ms(result["predicted_step_s"]),
+            "step (ms)": report.median_ms(result["step_s"]),
+            "min to max": report.min_to_max(result["step_s"]),
+            "predicted (ms)": report.median_ms(result["predicted_step_s"]),
             "error": f"{error(result):+.1%}",
             "two phases, the paper's (ms)": f"{result['two_phase_step_s'] * 1e3:.2f}",
             "the scheduler's pick": ", ".join(result["picked_by"]),
@@ -98,9 +98,9 @@ def parser() -> Parser:
         prog="python -m kvpr_jax.profiling.splits",
         description="Time decode steps at splits from 0 to the whole prompt, beside what is predicted of them.",
     )
-    decode.add_setting_options(parser, new_tokens=32, several=True)
+    settings.add_options(parser, new_tokens=32, several=True)
     add = parser.add_argument
-    add("--recompute", choices=get_args(Recompute), action=decode.Several, default=[*get_args(Recompute)],
+    add("--recompute", choices=get_args(Recompute), action=settings.Several, default=[*get_args(Recompute)],
         help="may be given several times; default: both")  # fmt: skip
     add("--points", metavar="N", type=int, default=9, help="splits, evenly spaced; the scheduler's picks come on top")
     add("--out", metavar="FOLDER", type=Path, help="folder for a JSON file a setting with every trial, which is "

@@ -23,7 +23,7 @@ from jaxtyping import Array
 from kvpr_jax import engines, memory, steps
 from kvpr_jax.models import Model
 from kvpr_jax.models.attention import Recompute
-from kvpr_jax.profiling import decode, link, timeline
+from kvpr_jax.profiling import link, settings, timeline
 from kvpr_jax.profiling.overlap import TAIL_TOKENS, TRIALS, WARM_UP, Measured, Setting, serve
 from kvpr_jax.runtime import Decoder
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
@@ -134,7 +134,7 @@ class Decoding:
 
     def __init__(self, setting: Setting) -> None:
         dtype = jnp.dtype(setting.dtype)
-        config = decode.shape(setting.model, setting.layers)
+        config = settings.shape(setting.model, setting.layers)
         self.decoder = Decoder(Model(config, dtype=dtype, rngs=nnx.Rngs(0)))
         self.recompute, self.count = setting.recompute, setting.layers
         self.window = engines.window(setting.link_bytes // setting.layers)

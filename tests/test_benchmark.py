@@ -16,7 +16,7 @@ import pytest
 import helpers
 from kvpr_jax import checkpoint, engines, memory, scheduler
 from kvpr_jax.plan import Request
-from kvpr_jax.profiling import decode, link, matmul, plain, residency
+from kvpr_jax.profiling import decode, link, matmul, plain, residency, settings
 from kvpr_jax.profiling import profile as profiles
 from kvpr_jax.profiling import report as reports
 from kvpr_jax.runtime import Decoder
@@ -103,7 +103,7 @@ def test_the_report_goes_below_the_current_directory_by_default(tmp_path, monkey
 def test_the_reports_name_says_what_was_measured(line, device, expected, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(device_kind=device)])
     arguments = decode.parser().parse_args(shlex.split(line))
-    out = decode.Setting.of(arguments).default_out("decode")
+    out = settings.Setting.of(arguments).default_out("decode")
     assert out == Path(f"profiling/results/{expected}.json")
 
 
@@ -269,7 +269,7 @@ def test_an_unknown_shape_is_one_line(capsys):
     "name, billions", [("opt-125m", 0.125), ("opt-1.3b", 1.316), ("opt-6.7b", 6.658), ("opt-30b", 29.975)]
 )
 def test_named_shapes_have_the_published_size(name, billions):
-    nbytes = checkpoint.weights_bytes(decode.shape(name, None), jnp.dtype("bfloat16"))
+    nbytes = checkpoint.weights_bytes(settings.shape(name, None), jnp.dtype("bfloat16"))
     assert nbytes / 2 / 1e9 == pytest.approx(billions, abs=0.001)
 
 
@@ -283,7 +283,7 @@ def test_the_pages_of_results_are_what_their_reports_say(folder):
 
 def test_a_page_has_each_report_below_its_command(tmp_path, capsys):
     assert reports.main([str(tmp_path)]) == 1 and "has no reports" in capsys.readouterr().err
-    report = reports.header("decode", ["--batch", "3"]) | {"table": [{"a": "1", "b": "2"}]}
+    report = reports.header("decode", ["--batch", "3"]) | {"table": [{"a": "1", "b": "2"}], "growth": []}
     reports.write(tmp_path / "some.json", report)
     (tmp_path / "some.svg").write_text("<svg/>")
     (tmp_path / "README.md").write_text("# Here\n\nBy hand.\n\n## old\n\ngone\n")
@@ -291,5 +291,8 @@ def test_a_page_has_each_report_below_its_command(tmp_path, capsys):
     page = (tmp_path / "README.md").read_text()
     assert page.startswith("# Here\n\nBy hand.\n\n## some\n\n    python -m kvpr_jax.profiling.decode --batch 3\n\n")
     assert page.endswith("| a | b |\n| --- | --- |\n| 1 | 2 |\n\n![some](some.svg)\n") and "gone" not in page
+    reports.write(tmp_path / "some.json", report | {"growth": [{"c": "3"}], "summary": [{"d": "4"}]})
+    tables = "| 1 | 2 |\n\n| c |\n| --- |\n| 3 |\n\n| d |\n| --- |\n| 4 |\n\n![some]"
+    assert tables in reports.page(tmp_path)
     (tmp_path / "other.json").write_text("{}")
     assert reports.main([str(tmp_path)]) == 1 and "other.json is not a report" in capsys.readouterr().err

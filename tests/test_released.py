@@ -10,7 +10,7 @@ from flax import nnx
 from kvpr_jax import checkpoint
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.models import ARCHITECTURES, Model, __main__, architecture, released
-from kvpr_jax.profiling import decode
+from kvpr_jax.profiling import settings
 
 Shapes = dict[str, tuple[int, ...]]
 SMALLEST = {
@@ -111,6 +111,6 @@ def test_configs_hold_more_than_shapes():
 
 def test_the_benchmark_takes_a_name_a_directory_or_a_config_json():
     bundled, _ = checkpoint.read_config(checkpoint.BUNDLED)
-    assert decode.shape(str(checkpoint.BUNDLED), None) == bundled
-    assert decode.shape(str(checkpoint.BUNDLED / "config.json"), 2) == dataclasses.replace(bundled, num_layers=2)
-    assert decode.shape("llama-3-8b", None) == released.release("llama-3-8b").config
+    assert settings.shape(str(checkpoint.BUNDLED), None) == bundled
+    assert settings.shape(str(checkpoint.BUNDLED / "config.json"), 2) == dataclasses.replace(bundled, num_layers=2)
+    assert settings.shape("llama-3-8b", None) == released.release("llama-3-8b").config

@@ -16,7 +16,7 @@ import transformers
 
 from kvpr_jax import checkpoint, command_line
 from kvpr_jax.models import architecture, released
-from kvpr_jax.profiling import decode, link, matmul, rivals
+from kvpr_jax.profiling import decode, link, matmul, rivals, settings
 
 PROMPTS = [[3, 4, 5, 6, 7], [7, 6, 5, 4, 3]]
 STEPS = 4
@@ -76,7 +76,7 @@ def test_an_unknown_shape_is_one_line(monkeypatch, capsys):
 @pytest.mark.parametrize("model", [*NAMES.values(), str(checkpoint.BUNDLED), f"{checkpoint.BUNDLED}/config.json"])
 def test_the_shape_is_that_of_the_decode_benchmark(model):
     hf = rivals.shape(model, 2, 9)
-    assert architecture(hf.model_type).Config.from_hf(hf) == decode.shape(model, 2)
+    assert architecture(hf.model_type).Config.from_hf(hf) == settings.shape(model, 2)
     assert len(getattr(hf, "layer_types", None) or [0, 0]) == 2
 
 

@@ -9,14 +9,14 @@ import pytest
 
 from helpers import profile, random_model
 from kvpr_jax import checkpoint
-from kvpr_jax.profiling import decode, link, plot, splits
+from kvpr_jax.profiling import decode, link, plot, settings, splits
 from kvpr_jax.profiling import profile as profiles
 from kvpr_jax.profiling import report as reports
 from kvpr_jax.runtime import Decoder
 
 MODEL = str(checkpoint.BUNDLED)
 SETTING = ["--model", MODEL, "--layers", "2", "--batch", "2", "--new-tokens", "3", "--dtype", "float32"]
-CONFIG = decode.shape(MODEL, 2)
+CONFIG = settings.shape(MODEL, 2)
 # A link so slow that a token takes 0.15 ms as activations and 0.3 ms as keys and values. Beside 0.24 ms to project one,
 # 3/4 of 64 tokens take least: 12 ms on the link, 11.5 to project them. Absorbed, the fewest bytes do.
 NBYTES = 2 * CONFIG.activation_width * 4  # of a token in both sequences
