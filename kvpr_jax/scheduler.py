@@ -104,25 +104,27 @@ def make_plan(
     sequences, queries = _prefill_chunk(config, dtype, workload, request, free_device_bytes, has_fused)
     prefill_bytes = _prefill_bytes(config, dtype, workload, sequences, queries, has_fused)
     step_bytes = _step_bytes(costs, workload)
-    usable = int(free_device_bytes * (1 - MARGIN)) - max(prefill_bytes, step_bytes)
+    widest = workload.prompt_tokens * max(costs.host_bytes(0, 1), costs.host_bytes(1, 0))
+    usable = int(free_device_bytes * (1 - MARGIN)) - max(prefill_bytes + WINDOW * widest, step_bytes)
     offloaded, resident, resident_flushes, tail = _residency(costs, workload, request, usable)
     written = workload.total_tokens - workload.prompt_tokens
     flushes = max(0, written - 1) // tail if offloaded else 0  # a full tail leaves when the next token comes
     prompt = workload.prompt_tokens - resident
-    widest = 1 if request.split_tokens(workload.prompt_tokens) else 0  # a forced tail may be activations
-    tails_bytes = tail * max(costs.cache_bytes(0, 1), costs.cache_bytes(widest, 0))
+    forced = 1 if request.split_tokens(workload.prompt_tokens) else 0  # a forced tail may be activations
+    tails_bytes = tail * max(costs.cache_bytes(0, 1), costs.cache_bytes(forced, 0))
     tails_bytes *= 2 if flushes else 1  # while full ones leave, empty ones are there
     token_bytes = costs.cache_bytes(0, 1)
     resident_bytes = (resident + min(resident_flushes, flushes) * tail) * token_bytes
 
-    def device_bytes(layer_bytes: int) -> int:
-        """Beside the weights, while a step reads so many bytes a layer from the host, or before."""
+    def device_bytes(leaving_bytes: int, layer_bytes: int) -> int:
+        """Beside the weights, while so many bytes a layer leave in prefill or while a last step reads so many."""
+        filling = resident * token_bytes + prefill_bytes + WINDOW * leaving_bytes
         stepping = resident_bytes + tails_bytes + window_bytes(layer_bytes) + step_bytes
-        return max(resident * token_bytes + prefill_bytes, stepping)
+        return max(filling, stepping)
 
     limit = free_host_bytes
     if one_memory:
-        limit -= device_bytes(costs.host_bytes(0, workload.total_tokens))
+        limit -= device_bytes(widest, costs.host_bytes(0, workload.total_tokens))
     if request.host_cache_gib is not None:
         limit = min(limit, int(request.host_cache_gib * memory.GIB))
 
@@ -157,7 +159,7 @@ def make_plan(
         return dataclasses.replace(
             plan,
             host_bytes=config.num_layers * layer_bytes,
-            device_bytes=device_bytes(layer_bytes),
+            device_bytes=device_bytes(costs.host_bytes(held.activations, held.keys_values), layer_bytes),
             predicted_step_s=plan.step_s(plan.with_tail(held, 0)),
         )
 
@@ -281,12 +283,12 @@ def _step_bytes(costs: Costs, workload: Workload) -> int:
 def _prefill_bytes(
     config: ModelConfig, dtype: jnp.dtype, workload: Workload, sequences: int, queries: int, has_fused: bool
 ) -> int:
-    """Device memory of prefill: the batch's hidden states and three layers' segments, and one chunk's temporaries.
+    """Device memory of prefill beside the cache: the batch's hidden states and one chunk's temporaries.
 
     Scores are formed for a chunk's queries where no fused attention does without; then the mask alone is.
     """
-    tokens, widest = workload.prompt_tokens, max(config.activation_width, config.kv_width)
-    batch = workload.batch * tokens * (config.hidden_size + WINDOW * widest) * dtype.itemsize
+    tokens = workload.prompt_tokens
+    batch = workload.batch * tokens * config.hidden_size * dtype.itemsize
     whole = tokens * (config.hidden_size + config.kv_width) * dtype.itemsize
     passing = (config.hidden_size + config.mlp_arrays * config.mlp_size) * dtype.itemsize
     scores = tokens * (1 + dtype.itemsize) if has_fused else 3 * config.num_heads * tokens * 4

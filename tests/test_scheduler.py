@@ -181,6 +181,20 @@ def test_the_devices_bytes_are_what_stands_there():
         assert plan.device_bytes == 2 * 8 * 3 * 2 * width * 4 + engines.window_bytes(layer) + step
 
 
+def test_in_prefill_three_layers_of_what_leaves_wait_for_the_link():
+    """Of the same prompt: as keys and values, as activations, and where all of it stays."""
+    layer = 32 * 1024 * 4096 * 2  # bytes of activations; keys and values take twice as many
+
+    def device_bytes(request):
+        workload = Workload(32, 1024, 2)
+        plan = make_plan(OPT_6_7B, jnp.dtype("bfloat16"), workload, request, H200, 900 * GIB, 900 * GIB)
+        return plan.device_bytes
+
+    stays = device_bytes(Request(offload="none")) - 32 * 2 * layer
+    assert device_bytes(Request("100%")) == stays + 3 * layer
+    assert device_bytes(Request("0%")) == stays + 3 * 2 * layer
+
+
 def test_a_simulated_gpu_is_planned_alike_on_every_machine(monkeypatch):
     request, workload = Request(), Workload(8, 1500, 64)
     plans = []
