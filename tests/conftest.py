@@ -3,6 +3,7 @@
 import importlib.metadata
 import itertools
 import os
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Each of these halves the time to compile; JAX 0.12 does not know the second one.
@@ -17,13 +18,16 @@ import jax
 import pytest
 
 from helpers import profile
-from kvpr_jax import evaluate
+from kvpr_jax import compiling, evaluate
 from kvpr_jax.generate import __main__ as generate_cli
 from kvpr_jax.profiling import profile as profiles
 
 # An implicit change of rank or dtype in our code is a mistake, in the thread that compiles too.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Here steps wait for what is compiled beside them, and changing threads often makes that a tenth slower.
+compiling.GIVE_WAY_S = sys.getswitchinterval()
 
 TESTS = itertools.count(1)  # run so far in this process
 
