@@ -54,16 +54,20 @@ def costs_of(given, batch=32, config=OPT_6_7B, itemsize=2):
     keys_values=st.floats(1e-9, 1e-4),
     project=st.floats(1e-9, 1e-3),
     absorb=st.floats(1e-9, 1e-4),
+    dispatch=st.floats(1e-6, 1e-3),
+    issue_copy=st.floats(1e-6, 1e-3),
     recompute=st.sampled_from(["auto", "project", "absorb"]),
     engine=st.sampled_from(["overlapped", "sequential"]),
 )
 def test_the_plan_is_the_best_of_those_that_fit(
-    batch, prompt, new, device_gib, host_gib, bandwidth, keys_values, project, absorb, recompute, engine
-):
+    batch, prompt, new, device_gib, host_gib, bandwidth, keys_values, project, absorb, dispatch, issue_copy, recompute,
+    engine,
+):  # fmt: skip
     """Against every split, with the cost model and the bytes of the design page written out again."""
     machine = profile(
         to_device=[(size, max(5e-5, size / bandwidth)) for size in (2**10, 2**16, 2**28, 2**30)],
         keys_values_token_s=keys_values, project_token_s=project, absorb_token_s=absorb,
+        dispatch_s=dispatch, issue_s=issue_copy,
     )  # fmt: skip
     request = Request(
         recompute=recompute, engine=engine, device_cache_gib=device_gib, host_cache_gib=host_gib, tail_tokens=64
@@ -79,7 +83,7 @@ def test_the_plan_is_the_best_of_those_that_fit(
         link = sum(max(5e-5, batch * numbers * 2 / bandwidth) for numbers in arrays)
         compute = 1e-4 + split * form + (tokens - split + resident + tail) * keys_values  # the tail stays
         small = batch * sum(arrays) * 2 < 16 * 2**20
-        issue = 2e-5 + (0 if small else len(arrays) * 1e-5)
+        issue = dispatch + (0 if small else len(arrays) * issue_copy)
         if engine == "sequential":
             return 32 * (link + compute) + 1e-3
         return max(32 * link + (1e-3 if small else 0), 32 * compute + 1e-3, 32 * issue + 1e-3)
