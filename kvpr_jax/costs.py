@@ -107,8 +107,11 @@ class Costs:
 
     def _with_head(self, sides: dict[str, float], held: Held) -> dict[str, float]:
         """These sides with what surrounds the layers, which only large copies go on beside."""
-        beside = {"copies to the device"} if self._is_large(held.activations, held.keys_values) else set()
-        return {side: seconds + (side not in beside) * self.profile.head_s for side, seconds in sides.items()}
+        large, head_s = self._is_large(held.activations, held.keys_values), self.profile.head_s
+        return {
+            side: seconds if large and side == "copies to the device" else seconds + head_s
+            for side, seconds in sides.items()
+        }
 
     def _is_large(self, activations: int, keys_values: int) -> bool:
         """Whether a layer's copies are issued by themselves, not as a part of the step before."""

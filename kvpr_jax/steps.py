@@ -76,7 +76,7 @@ def embed(
 
 @functools.partial(
     jax.jit, static_argnames=("definition", "split", "resident", "chunk"), donate_argnames=("h",),
-    # Large products are as fast without: to try Triton's took half a minute for OPT-6.7B's on an H100.
+    # Large products are nearly as fast without: trying Triton's took half a minute for OPT-6.7B's on an H100.
     compiler_options={"xla_gpu_enable_triton_gemm": False},
 )  # fmt: skip
 def prefill_layer(

@@ -86,8 +86,7 @@ def law(times: list[tuple[int, float]]) -> Law:
     times = sorted(times)
     fits = []
     for small in range(len(times)):
-        fitted = [1 / seconds for _, seconds in times[:small]]
-        small_s = sum(fitted) / sum(ratio**2 for ratio in fitted) if small else 0.0
+        small_s = _scale(np.array([1 / seconds for _, seconds in times[:small]])) if small else 0.0
         fits.append(Law(small_s, *line(times[small:])))
 
     def error(fit: Law) -> float:
@@ -105,7 +104,12 @@ def line(times: list[tuple[int, float]]) -> tuple[float, float]:
     if len(times) > 1:
         per_copy, per_byte = np.linalg.lstsq(np.stack([copies, weighted], axis=1), np.ones(len(times)))[0]
     if per_copy < 0 or len(times) == 1:
-        per_copy, per_byte = 0.0, weighted.sum() / (weighted @ weighted)
+        per_copy, per_byte = 0.0, _scale(weighted)
     elif per_byte <= 0:
-        per_copy, per_byte = copies.sum() / (copies @ copies), 1e-15
+        per_copy, per_byte = _scale(copies), 1e-15
     return float(per_copy), float(1 / per_byte)
+
+
+def _scale(ratios: np.ndarray) -> float:
+    """The m that brings m · ratio nearest to 1, by least squares."""
+    return float(ratios.sum() / (ratios @ ratios))

@@ -170,7 +170,7 @@ def measure(
     slots = jnp.arange(tokens, dtype=jnp.int32)
     x = _numbers((batch, tokens, config.hidden_size), dtype)
     kv = _numbers((batch, tokens, config.num_kv_heads, config.head_dim), dtype)
-    activations, keys_values = memory.placed((Activations(x, slots), KeysValues(kv, kv, slots)))
+    activations, keys_values = Activations(x, slots), KeysValues(kv, kv, slots)
     forms: dict[str, tuple[Segment, Recompute]] = {
         "keys_values": (keys_values, "project"), "project": (activations, "project"), "absorb": (activations, "absorb")
     }  # fmt: skip

@@ -285,8 +285,11 @@ def test_the_command_measures_stores_and_shows(small, gpu, monkeypatch, capsys):
                  f"| 1000 tokens of it as activations, absorb | {stored.absorb_token_s * 1e6:.3f} |",
                  "There is no GPU"):  # fmt: skip
         assert line in printed
-    size, seconds = stored.to_device[1]
-    assert f"| 1 MiB | {seconds * 1e3:.3f} ms, {size / seconds / 1e9:.1f} GB/s | " in printed
+    cells = [
+        f"{seconds * 1e3:.3f} ms, {size / seconds / 1e9:.1f} GB/s"
+        for size, seconds in (copies[1] for copies in (stored.to_device, stored.to_host, stored.both))
+    ]
+    assert f"| 1 MiB | {' | '.join(cells)} |" in printed
     assert "measured in" in notes and f"stored in {profiles.path_of(key)}" in notes
     monkeypatch.setattr(profiles, "measure", lambda *_: pytest.fail("measured again"))
     for name in ("free_device_bytes", "free_pinned_bytes"):
@@ -295,6 +298,13 @@ def test_the_command_measures_stores_and_shows(small, gpu, monkeypatch, capsys):
     shown, notes = capsys.readouterr()
     assert shown.split("| copy |")[1] == printed.split("| copy |")[1] and notes == ""
     assert "| free device memory | 7.00 GiB |" in shown
+
+
+def test_a_size_that_was_not_copied_and_a_law_of_one_size_are_dashes():
+    few = profile(to_device=[(2**20, 1e-4), (2**26, 6.4e-3)], to_host=[(2**20, 1e-4)], both=[(2**20, 2e-4)])
+    rows = {row["copy"]: [*row.values()][1:] for row in command.copy_rows(few)}
+    assert rows["64 MiB"] == ["6.400 ms, 10.5 GB/s", "-", "-"] and rows["1 MiB"][2] == "0.200 ms, 5.2 GB/s"
+    assert rows["fitted bandwidth"] == ["10.5 GB/s", "-", "-"]
 
 
 def test_the_command_takes_a_released_size(monkeypatch, capsys):
