@@ -6,7 +6,7 @@
 
 Every token is held in one form only. New tokens go into the tail, in the form they will be flushed in; a full tail
 becomes the next segment: on the device as long as the plan has room for it there, then on the host. Small flushed
-segments of equal length in one place are merged: fewer and larger copies are faster.
+segments of equal length in one place become one with the next tail: fewer and larger copies are faster.
 """
 
 import collections
@@ -25,13 +25,10 @@ from kvpr_jax.config import ModelConfig
 from kvpr_jax.costs import Held
 from kvpr_jax.engines import InStep, Overlapped, Resident, Sequential, engine_for
 from kvpr_jax.pace import Pace
-from kvpr_jax.plan import Plan
+from kvpr_jax.plan import MERGE, Plan, merged_tokens
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
 Join = Callable[[tuple[Segment, ...]], Segment]
-
-MERGE = 4  # flushed segments of equal length that become one
-MERGE_BYTES = 32 * 2**20  # but none this large: it crosses at the link's full rate, and pinned memory for four is dear
 
 
 @dataclasses.dataclass
@@ -106,11 +103,14 @@ class Cache:
                 warnings.warn(f"what comes behind a flush could not be compiled ahead: {failed!r}", stacklevel=2)
             self.longest_wait_s = max(self.longest_wait_s, time.perf_counter() - begin)
         jax.block_until_ready(self.tails)  # no layer is being computed whose segments a new engine would not know of
+        del self.engine  # and with it what its window holds on the device
         with jax.profiler.TraceAnnotation("flush"):
             to_host = self.plan.leaves(self.flushes)
             for layer, tail in enumerate(self.tails):
-                full = memory.to_host(tail) if to_host else tail
-                self.layers[layer] = _merged((*self.layers[layer], full), _join)
+                self.layers[layer], self.tails[layer] = _joined(self.layers[layer], tail, to_host, _join)
+            # Only now: what one layer's segments leave free in XLA's pool is scattered, what all leave is not.
+            for layer, full in enumerate(self.tails):
+                self.layers[layer] += (memory.to_host(full) if to_host else full,)
             self.flushes, self.preparing = self.flushes + 1, None
             self._new_tails()
         if self._slowed is not None:
@@ -143,10 +143,11 @@ class Cache:
         """Shapes and places of what a layer will have after the next flush: its segments, and its tail.
 
         Args:
-            join: gives the shapes and the place of segments that become one.
+            join: gives the shapes of segments that become one.
         """
-        full = memory.described(self.tails[0], host=self.plan.leaves(self.flushes))
-        segments = _merged((*memory.described(self.layers[0]), full), join)
+        to_host = self.plan.leaves(self.flushes)
+        staying, full = _joined(memory.described(self.layers[0]), memory.described(self.tails[0]), to_host, join)
+        segments = (*staying, memory.described(full, host=to_host))
         empty = self._tail_form(segments, self.flushes + 1)
         return segments, memory.described(empty(self))  # made, so that what makes it is compiled as well
 
@@ -201,23 +202,25 @@ def _empty_keys_values(cache: Cache) -> KeysValues:
 
 
 def _join(segments: tuple[Segment, ...]) -> Segment:
-    """Segments of one place as one, which is there too."""
-    merged = steps.concatenate(tuple(map(memory.fetched, segments)), axis=1)
-    return jax.block_until_ready(memory.to_host(merged) if memory.on_host(segments[0]) else merged)
+    """Segments as one, on the device."""
+    return jax.block_until_ready(steps.concatenate(tuple(map(memory.fetched, segments)), axis=1))
 
 
-def _merged(segments: tuple[Segment, ...], join: Join) -> tuple[Segment, ...]:
-    """One layer's segments; once `MERGE` of them have the newest's form, length and place, and are small, they become
-    one.
+def _joined(
+    segments: tuple[Segment, ...], full: Segment, to_host: bool, join: Join
+) -> tuple[tuple[Segment, ...], Segment]:
+    """One layer's segments that stay as they are beside a full tail, and that with those that become one with it:
+    `MERGE` - 1 others of its form and length in the place where it goes, while they are small.
 
     With MERGE 4 and tails of 64 tokens, the 4th flush leaves one segment of 256, the 16th one of 1024, unless those of
     256 have `MERGE_BYTES`.
     """
-
-    def kind(segment: Segment) -> tuple[type, int, bool]:
-        return type(segment), segment.tokens, memory.on_host(segment)
-
-    alike = [segment for segment in segments if kind(segment) == kind(segments[-1])]
-    if len(alike) < MERGE or segments[-1].nbytes >= MERGE_BYTES:
-        return segments
-    return _merged((*(s for s in segments if not any(s is a for a in alike)), join(tuple(alike))), join)
+    alike: list[Segment] = []
+    for tokens in merged_tokens(full.tokens, full.nbytes):
+        kind = type(full), tokens, to_host
+        smaller = [s for s in segments if (type(s), s.tokens, memory.on_host(s)) == kind]
+        if len(smaller) < MERGE - 1:
+            break
+        alike += smaller
+    staying = tuple(segment for segment in segments if not any(segment is other for other in alike))
+    return staying, join((*alike, full)) if alike else full

@@ -1,6 +1,7 @@
 """What is asked of a plan, and the plan: how the cache is held and used, from the prompt to the last token."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 from kvpr_jax.costs import Costs, Held
@@ -8,6 +9,9 @@ from kvpr_jax.engines import Engine
 from kvpr_jax.models.attention import Recompute
 
 OffloadMode = Literal["auto", "all", "none"]
+
+MERGE = 4  # flushed segments of equal length that become one
+MERGE_BYTES = 32 * 2**20  # but none this large, which crosses at the link's full rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +184,13 @@ class Plan:
         held = self.split, self.cached_tokens, self.resident_tokens, self.offloaded, self.tail_tokens
         return self.batch, *held, self.recompute, self.engine
 
+    @property
+    def largest_array_bytes(self) -> int:
+        """Of the arrays that may go to the host."""
+        of_prompt = self.split, self.cached_tokens - self.resident_tokens - self.split
+        segments = [of_prompt, *longest_flushed(self.costs, self.tail_tokens, self.flushes)]
+        return max(nbytes for tokens in segments for nbytes in self.costs.arrays_bytes(*tokens))
+
     def slowed(self, held: Held, step_s: float) -> tuple["Plan", str]:
         """The plan with costs by which a step over these tokens takes `step_s`, and what they blame."""
         costs, blamed = self.costs.slowed(held, self.recompute, self.engine, step_s)
@@ -214,3 +225,20 @@ class Plan:
             form = "activations" if self.tail_is_activations(held, index) else "keys_values"
             held = dataclasses.replace(held, **{form: getattr(held, form) + self.tail_tokens})
         return held
+
+
+def merged_tokens(tokens: int, nbytes: int) -> Iterator[int]:
+    """Lengths of which `MERGE` segments become one, from those of a tail on, which has so many tokens and bytes."""
+    while nbytes < MERGE_BYTES:
+        yield tokens
+        tokens, nbytes = MERGE * tokens, MERGE * nbytes
+
+
+def longest_flushed(costs: Costs, tail_tokens: int, flushes: int) -> list[tuple[int, int]]:
+    """(activations, keys and values): tokens of the longest segment that so many full tails may make in each form."""
+
+    def longest(token_bytes: int) -> int:
+        lengths = (MERGE * tokens for tokens in merged_tokens(tail_tokens, tail_tokens * token_bytes))
+        return max((tokens for tokens in lengths if tokens <= flushes * tail_tokens), default=tail_tokens)
+
+    return [(longest(costs.host_bytes(1, 0)), 0), (0, longest(costs.host_bytes(0, 1)))]

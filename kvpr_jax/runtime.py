@@ -79,7 +79,7 @@ class Decoder:
                 f"the plan is for {plan.batch} prompts of {plan.cached_tokens} tokens at most; these are "
                 f"{workload.batch} of {workload.prompt_tokens}"
             )
-        memory.reserve_pinned(plan.host_bytes, self._largest_array_bytes(plan))
+        memory.reserve_pinned(plan.host_bytes, plan.largest_array_bytes)
         tokens, start = _left_padded(prompts)
         slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         chunks = []  # of sequences: where they stand, and their hidden states
@@ -124,13 +124,6 @@ class Decoder:
 
         return layers_step
 
-    def _largest_array_bytes(self, plan: Plan) -> int:
-        """Bytes of the largest array that goes to the host."""
-        streamed = plan.cached_tokens - plan.resident_tokens - plan.split
-        widths = plan.split * self.config.activation_width, streamed * self.config.kv_width // 2
-        tail = plan.tail_tokens * max(self.config.activation_width, self.config.kv_width // 2)
-        return plan.batch * max(*widths, tail) * self.dtype.itemsize
-
     def step(self, cache: Cache, tokens: Int[Array, " B"]) -> Float[Array, "B V"]:
         """Append one token to each sequence and return the logits after it.
 
@@ -171,7 +164,7 @@ class Decoder:
         def join(segments: tuple[Segment, ...]) -> Segment:
             merging = steps.concatenate.lower(memory.described(segments, host=False), axis=1)
             merging.compile()
-            return memory.described(merging.out_info, host=memory.on_host(segments[0]))
+            return merging.out_info
 
         segments, tail = cache.after_flush(join)
         ahead = tuple(segment for segment in segments if memory.on_host(segment))

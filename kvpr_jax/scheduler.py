@@ -16,7 +16,7 @@ from kvpr_jax.config import ModelConfig
 from kvpr_jax.costs import Costs, Held, buckets
 from kvpr_jax.engines import WINDOW, window_bytes
 from kvpr_jax.models.attention import Recompute, fused, fusible
-from kvpr_jax.plan import Plan, Request, Workload
+from kvpr_jax.plan import Plan, Request, Workload, longest_flushed
 from kvpr_jax.profiling.profile import Profile
 
 TAIL_BYTES = 16 * 2**20  # a flushed segment should be this large: smaller copies use under half of the link
@@ -119,8 +119,8 @@ def make_plan(
     def device_bytes(leaving_bytes: int, layer_bytes: int) -> int:
         """Beside the weights, while so many bytes a layer leave in prefill or while a last step reads so many."""
         filling = resident * token_bytes + prefill_bytes + WINDOW * leaving_bytes
-        stepping = resident_bytes + tails_bytes + window_bytes(layer_bytes) + step_bytes
-        return max(filling, stepping)
+        stepping = tails_bytes + window_bytes(layer_bytes) + step_bytes
+        return max(filling, resident_bytes + max(stepping, _merging_bytes(costs, tail, flushes)))
 
     limit = free_host_bytes
     if one_memory:
@@ -211,7 +211,8 @@ def _residency(costs: Costs, workload: Workload, request: Request, usable: int) 
     resident = 0
     for _ in range(2):  # what stays makes the window's layers smaller, so that a little more can stay
         beside = window_bytes(costs.host_bytes(0, total - resident))
-        left = min(budget - tail * token_bytes, usable - beside - 2 * tail * token_bytes)
+        beside = max(beside + 2 * tail * token_bytes, _merging_bytes(costs, tail, everything // tail))
+        left = min(budget - tail * token_bytes, usable - beside)
         resident = max(0, left // token_bytes)
     of_prompt = min(workload.prompt_tokens, resident)
     return True, of_prompt, (resident - of_prompt) // tail, tail
@@ -278,6 +279,11 @@ def _tail_tokens(costs: Costs) -> int:
 def _step_bytes(costs: Costs, workload: Workload) -> int:
     """Device memory of a decode step beside the window: keys and values of one layer, formed or transposed; logits."""
     return costs.host_bytes(0, workload.total_tokens) + 4 * workload.batch * costs.config.vocab_size * 4
+
+
+def _merging_bytes(costs: Costs, tail: int, flushes: int) -> int:
+    """Device memory of a flush, beside what stays there: what all layers' smallest segments become one in."""
+    return costs.config.num_layers * max(costs.host_bytes(*tokens) for tokens in longest_flushed(costs, tail, flushes))
 
 
 def _prefill_bytes(

@@ -1,6 +1,7 @@
 """The cache alone, without a model: which form new tokens take, and how segments are flushed and merged."""
 
 import dataclasses
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,12 @@ import numpy as np
 import pytest
 
 from helpers import OPT, profile
-from kvpr_jax import cache as caches
 from kvpr_jax import memory, scheduler
-from kvpr_jax.cache import MERGE, Cache
+from kvpr_jax import plan as plans
+from kvpr_jax.cache import Cache
 from kvpr_jax.costs import Held
 from kvpr_jax.pace import STEPS
-from kvpr_jax.plan import Request, Workload
+from kvpr_jax.plan import MERGE, Request, Workload
 from kvpr_jax.profiling.profile import Profile
 from kvpr_jax.segments import Activations, KeysValues
 
@@ -79,10 +80,29 @@ def test_large_segments_are_not_merged(split, monkeypatch):
     """Four tails become one, four of which would: they have the limit's bytes just now."""
     cache = new_cache(split)
     numbers = cache.config.activation_width if split else cache.config.kv_width
-    monkeypatch.setattr(caches, "MERGE_BYTES", BATCH * MERGE * TAIL * numbers * 4)
+    monkeypatch.setattr(plans, "MERGE_BYTES", BATCH * MERGE * TAIL * numbers * 4)
     grow(cache, 4 * MERGE + 1)
     sizes = [segment.tokens for segment in cache.layers[0]]
     assert sorted(sizes) == sorted([PROMPT, *[MERGE * TAIL] * 4, TAIL])
+
+
+@pytest.mark.parametrize("split", [0, PROMPT])
+def test_what_becomes_one_is_given_up_by_all_layers_before_it_goes_to_the_host(split, monkeypatch):
+    """Otherwise it finds no room in the pool of pinned memory between what is left, and the pool doubles."""
+    cache, moved = new_cache(split), []
+    grow(cache, MERGE - 1)
+    before = [weakref.ref(leaf) for layer in cache.layers for segment in layer[1:] for leaf in jax.tree.leaves(segment)]
+    assert len(before) == CONFIG.num_layers * (MERGE - 1) * (2 if split else 3)
+    assert not any(ref() is None for ref in before)
+    to_host = memory.to_host
+
+    def moving(segment):
+        moved.append([ref() is None for ref in before])
+        return to_host(segment)
+
+    monkeypatch.setattr(memory, "to_host", moving)
+    grow(cache, 1)
+    assert len(moved) == CONFIG.num_layers and all(map(all, moved))
 
 
 @pytest.mark.parametrize("split", [0, 3, PROMPT])
