@@ -48,7 +48,7 @@ class ModelConfig:
     tie_embeddings: bool
     eos_token_ids: tuple[int, ...]
 
-    mlp_arrays: ClassVar[int] = 1  # arrays of width F that an MLP holds at once
+    mlp_arrays: ClassVar[int] = 1  # arrays of width F that an MLP holds at once in prefill
 
     def __post_init__(self) -> None:
         for field in (

@@ -37,7 +37,7 @@ class Config(ModelConfig):
     mlp_bias: bool
     key_norm: Literal["head", "all"] | None = None
 
-    mlp_arrays: ClassVar[int] = 2  # the gate's and the other's
+    mlp_arrays: ClassVar[int] = 3  # the gate's, the other's and their product
 
     @classmethod
     def from_hf(cls, hf: transformers.PretrainedConfig) -> "Config":
