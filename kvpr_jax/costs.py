@@ -2,7 +2,7 @@
 
 Layer i+1's copies run beside layer i's compute, and the host issues both:
 
-    link_s(l)    = L · sum over copies (activations; keys, values) of max(small copy, beginning + bytes / bandwidth)
+    link_s(l)    = L · sum over copies (activations; keys, values) of what one of so many bytes takes
     compute_s(l) = L · (layer + for each form: segment + tokens · token)
     issue_s(l)   = L · cost of issuing the layer's step, and its copies where they are not part of it
     step_s(l)    = max(link_s, compute_s + head, issue_s + head)
@@ -25,7 +25,7 @@ from kvpr_jax.profiling.profile import Profile
 
 BUCKETS = 16  # split points tried, about
 TIMES_OF = {  # each side of a step: the profile's times that make it up
-    "copies to the device": (),  # by size
+    "copies to the device": ("in_step_copy_s",),  # and those by size
     "compute": ("base_s", "keys_values_s", "project_s", "absorb_s", "keys_values_token_s", "project_token_s",
                 "absorb_token_s"),
     "dispatch": ("dispatch_s", "issue_s"),
@@ -73,7 +73,9 @@ class Costs:
 
     def link_s(self, activations: int, keys_values: int) -> float:
         """One layer's copies."""
-        return sum((self.profile.copy_s(nbytes) for nbytes in self.arrays_bytes(activations, keys_values)), 0.0)
+        in_step = not self._is_large(activations, keys_values)
+        arrays = self.arrays_bytes(activations, keys_values)
+        return sum((self.profile.copy_s(nbytes, in_step) for nbytes in arrays), 0.0)
 
     def compute_s(self, activations: int, keys_values: int, recompute: Recompute) -> float:
         """One layer's step over tokens in each form, wherever they are held."""
@@ -127,8 +129,8 @@ class Costs:
         blamed = max(sides, key=lambda side: ends[side])
         times = 1 + (step_s - self.step_s(held, recompute, engine)) / sides[blamed]
         changes: dict[str, Any] = {name: times * getattr(self.profile, name) for name in TIMES_OF[blamed]}
-        if not changes:
-            changes = {"to_device": [(nbytes, times * seconds) for nbytes, seconds in self.profile.to_device]}
+        if blamed == "copies to the device":
+            changes["to_device"] = [(nbytes, times * seconds) for nbytes, seconds in self.profile.to_device]
         return dataclasses.replace(self, profile=dataclasses.replace(self.profile, **changes)), blamed
 
     def two_phase_step_s(self, activations: int, keys_values: int) -> float:

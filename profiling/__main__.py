@@ -32,40 +32,27 @@ def machine_rows() -> list[dict[str, str]]:
 
 
 def copy_rows(measured: Profile) -> list[dict[str, str]]:
-    """Copies by size, and what is fitted to them."""
+    """Copies by size."""
     ways = {
         "to the device": measured.to_device,
         "to the host": measured.to_host,
         "both at once, each way": measured.both,
     }
 
-    def row(first: str, cells: Sequence[str]) -> dict[str, str]:
-        return {"copy": first} | dict(zip(ways, cells, strict=True))
-
     def cell(size: int, seconds: float | None) -> str:
         return "-" if seconds is None else f"{seconds * 1e3:.3f} ms, {size / seconds / 1e9:.1f} GB/s"
 
-    def fitted(times: list[tuple[int, float]]) -> tuple[str, str, str]:
-        if len(times) < 2:
-            return "-", "-", "-"
-        law = link.law(times)
-        return f"{law.bytes_per_s / 1e9:.1f} GB/s", f"{law.begin_s * 1e6:.1f} µs", f"{law.small_s * 1e6:.1f} µs"
-
-    bandwidths, begin, small = zip(*map(fitted, ways.values()), strict=True)
     sizes = sorted({size for times in ways.values() for size, _ in times})
     return [
-        *(row(f"{size / link.MIB:g} MiB", [cell(size, dict(times).get(size)) for times in ways.values()])
-          for size in sizes),
-        row("fitted bandwidth", bandwidths),
-        row("fitted time beside the bytes", begin),
-        row("fitted time of a small one", small),
-    ]  # fmt: skip
+        {"copy": f"{size / link.MIB:g} MiB"} | {way: cell(size, dict(times).get(size)) for way, times in ways.items()}
+        for size in sizes
+    ]
 
 
 def layer_rows(measured: Profile) -> list[dict[str, str]]:
     """Compute of a decode step."""
     seconds = {
-        "a layer, empty cache": measured.base_s,
+        "a layer, its cache a short tail": measured.base_s,
         "of that, the MLP": measured.mlp_s,
         "a segment of keys and values": measured.keys_values_s,
         "a segment of activations, project": measured.project_s,
@@ -76,6 +63,7 @@ def layer_rows(measured: Profile) -> list[dict[str, str]]:
         "head: embedding, logits, next token": measured.head_s,
         "the host issues a layer's step in": measured.dispatch_s,
         "the host issues a copy in": measured.issue_s,
+        "a copy in a layer's step, at least": measured.in_step_copy_s,
         "compiling a layer": measured.compile_s,
     }
     return [{"compute": name, "ms": f"{value * 1e3:.3f}"} for name, value in seconds.items()]

@@ -159,12 +159,13 @@ def is_streamed(plan: dict[str, Any]) -> bool:
 
 
 def rows(results: list[dict[str, Any]], link_gb_per_s: float, peak_flops_per_s: float) -> list[dict[str, str]]:
-    """The lines of the table. The floor is a step's bytes over the link's bandwidth."""
-    medians = [statistics.median(result["step_s"]) for result in results]
-    streamed = next((s for s, r in zip(medians, results, strict=True) if is_streamed(r["plan"])), None)
+    """The lines of the table. The floor of a step is its bytes over the link's bandwidth; all that is said of a step is
+    the median over the steps, but the speed-up over l = 0 is that of all steps together."""
+    streamed_s = next((sum(result["step_s"]) for result in results if is_streamed(result["plan"])), None)
     lines = []
-    for step_s, result in zip(medians, results, strict=True):
-        plan, nbytes = result["plan"], statistics.median(result["step_bytes"])
+    for result in results:
+        plan, step_s, nbytes = result["plan"], result["step_s"], result["step_bytes"]
+        rate = statistics.median(moved / seconds for moved, seconds in zip(nbytes, step_s, strict=True)) / 1e9
         flops_per_s = result["prefill_flops"] / result["prefill_s"]
         peak = result["peak_device_bytes"]
         predicted = result["predicted_device_bytes"]
@@ -175,12 +176,12 @@ def rows(results: list[dict[str, Any]], link_gb_per_s: float, peak_flops_per_s: 
             "step (ms)": report.median_ms(result["step_s"]),
             "min to max": report.min_to_max(result["step_s"]),
             "predicted (ms)": "-" if "plain" in result else report.median_ms(result["predicted_step_s"]),
-            "MB a step": f"{nbytes / 1e6:.1f}",
+            "MB a step": f"{statistics.median(nbytes) / 1e6:.1f}",
             "compute alone (ms)": f"{result['compute_s'] * 1e3:.2f}",
-            "GB/s": f"{nbytes / step_s / 1e9:.1f}",
-            "step / floor": f"{step_s / (nbytes / link_gb_per_s / 1e9):.3f}" if nbytes else "-",
-            "over l = 0": f"{streamed / step_s:.2f}x" if streamed else "-",
-            "tokens/s": f"{plan['batch'] / step_s:.1f}",
+            "GB/s": f"{rate:.1f}",
+            "step / floor": f"{link_gb_per_s / rate:.3f}" if rate else "-",
+            "over l = 0": f"{streamed_s / sum(step_s):.2f}x" if streamed_s else "-",
+            "tokens/s": f"{plan['batch'] / statistics.median(step_s):.1f}",
             "prefill (s)": f"{result['prefill_s']:.2f}",
             "of peak": f"{flops_per_s / peak_flops_per_s:.0%}",
             "compile (s)": f"{result['compile_s']:.1f}",

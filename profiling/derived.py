@@ -134,9 +134,8 @@ def reports() -> list[Report]:
             given = decode.parser().parse_args(shlex.split(fields["command"])[3:])
             config, dtype = settings.shape(given.model, given.layers), jnp.dtype(given.dtype)
             link_bytes_per_s = fields["link_gb_per_s"] * 1e9
-            found.append(
-                Report(path.stem, config, dtype, given.batch, link_bytes_per_s, fields["profile"], fields["results"])
-            )
+            results = [result for result in fields["results"] if "plain" not in result]  # of which nothing is predicted
+            found.append(Report(path.stem, config, dtype, given.batch, link_bytes_per_s, fields["profile"], results))
     if not found:
         raise ValueError(f"{str(RESULTS)!r} has no reports to derive devices from: it is part of a checkout only")
     return found

@@ -110,6 +110,7 @@ class Device:
             to_device=copies,
             to_host=copies,
             both=copies,  # PCIe carries both directions at once
+            in_step_copy_s=self.issue_s,
             base_s=base_s,
             mlp_s=base_s * weights.mlp_bytes / weights.layer_bytes,
             keys_values_s=0.0,

@@ -1,6 +1,8 @@
 """Bandwidth between pinned host memory and the device, by size of the copy."""
 
-from typing import Literal, NamedTuple
+import itertools
+import math
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,10 @@ Way = Literal["to_device", "to_host", "both"]
 
 MIB = 2**20
 SIZES = (MIB // 16, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
-FEW, MANY = 2, 8  # copies issued together; what the others add to the first ones is free of the cost of beginning
+TRIALS = 15
+# Copies issued together, few and many: what the others add to the first ones is free of the cost of beginning. Fewer to
+# the host, since XLA keeps the memory that it pins for them.
+COPIES: dict[Way, tuple[int, int]] = {"to_device": (2, 16), "to_host": (2, 8), "both": (2, 8)}
 LARGE, LARGE_COPIES = 256 * MIB, 16  # what shows all of a GPU's bandwidth
 
 
@@ -25,26 +30,27 @@ def sizes(way: Way) -> tuple[int, ...]:
 
 def copy_s(way: Way, size: int) -> float:
     """Seconds that a copy of `size` bytes, or with "both" one each way, adds to others that are under way."""
-    few_s, many_s = (copies_s(way, size, copies) for copies in (FEW, MANY))
-    added_s, average_s = (many_s - few_s) / (MANY - FEW), many_s / MANY
+    few, many = COPIES[way]
+    few_s, many_s = copies_s(way, size, few), copies_s(way, size, many)
+    added_s, average_s = (many_s - few_s) / (many - few), many_s / many
     return added_s if added_s > average_s / 4 else average_s  # less is noise, which small copies drown in
 
 
 def copies_s(way: Way, size: int, copies: int) -> float:
     """Seconds of so many copies of `size` bytes, issued together; with "both", so many each way.
 
-    The least of a few trials: what else the machine does only makes them longer.
+    The least of `TRIALS`: what else the machine does only makes them longer.
     """
     here = _segment(size)
     moves = [] if way == "to_host" else [(memory.fetched, memory.to_host(here))]
     moves += [] if way == "to_device" else [(memory.to_host, here)]
-    return min(trials_s(lambda: [move(source).x for _ in range(copies) for move, source in moves]))
+    return min(trials_s(lambda: [move(source).x for _ in range(copies) for move, source in moves], TRIALS))
 
 
 def issue_s() -> float:
     """Seconds that the host needs to issue a copy to the device."""
-    there = memory.to_host(_segment(SIZES[0]))
-    return issued_s(lambda: [memory.fetched(there).x for _ in range(MANY)]) / MANY
+    there, copies = memory.to_host(_segment(SIZES[0])), COPIES["to_device"][1]
+    return issued_s(lambda: [memory.fetched(there).x for _ in range(copies)]) / copies
 
 
 def _segment(size: int) -> Activations:
@@ -59,40 +65,24 @@ def gb_per_s() -> float:
     return LARGE_COPIES * size / copies_s("to_device", size, LARGE_COPIES) / 1e9
 
 
-class Law(NamedTuple):
-    """What a copy behind others takes: as long as a small one, or its share of the cost of beginning and its bytes.
+def between(times: list[tuple[int, float]], nbytes: int) -> float:
+    """Seconds of a copy, from (bytes, seconds) of others.
 
-    Attributes:
-        small_s: of a small copy, which takes as long to issue.
-        begin_s: what a larger one takes beside its bytes.
-        bytes_per_s: of what is larger.
+    Between two sizes it is on the line through both, on logarithmic scales; what is larger than all takes its share of
+    the largest one's time, what is smaller than all takes as long as the smallest. None takes longer than a larger one:
+    that was noise, which only makes copies longer.
     """
-
-    small_s: float
-    begin_s: float
-    bytes_per_s: float
-
-    def copy_s(self, nbytes: int) -> float:
-        return max(self.small_s, self.begin_s + nbytes / self.bytes_per_s)
-
-
-def law(times: list[tuple[int, float]]) -> Law:
-    """The law of copies, from (bytes, seconds).
-
-    So many of the smaller sizes take one time, the others lie on a line, both with least squared relative errors.
-    Copies of 64 KiB and 1 MiB in 80 µs, of 16 MiB in 315 µs and of 64 MiB in 1.23 ms cost 80 µs, or 10 µs and their
-    bytes at 55 GB/s.
-    """
-    times = sorted(times)
-    fits = []
-    for small in range(len(times)):
-        small_s = _scale(np.array([1 / seconds for _, seconds in times[:small]])) if small else 0.0
-        fits.append(Law(small_s, *line(times[small:])))
-
-    def error(fit: Law) -> float:
-        return sum((fit.copy_s(nbytes) / seconds - 1) ** 2 for nbytes, seconds in times)
-
-    return min(fits, key=lambda fit: round(error(fit), 9))  # of equally good ones that with fewer small sizes
+    curve, least_s = [], math.inf
+    for size, seconds in sorted(times, reverse=True):
+        least_s = min(least_s, seconds)
+        curve.append((size, least_s))
+    largest, longest_s = curve[0]
+    if nbytes >= largest:
+        return longest_s * nbytes / largest
+    for (above, above_s), (below, below_s) in itertools.pairwise(curve):
+        if nbytes >= below:
+            return below_s * (above_s / below_s) ** (math.log(nbytes / below) / math.log(above / below))
+    return least_s
 
 
 def line(times: list[tuple[int, float]]) -> tuple[float, float]:

@@ -29,9 +29,10 @@ from kvpr_jax.profiling.timing import issued_s, median_s, trials_s
 from kvpr_jax.sampling import Sampling, prompt_keys
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
-VERSION = 4  # of the file's meaning
+VERSION = 5  # of the file's meaning
 PROBE_TOKENS, PROBE_TOKENS_ON_CPU = 16384, 1024  # over the batch: tokens in the segment whose cost is measured
 FEWER = 8  # times as few in a shorter one, which tells what a segment costs however short
+PROBE_TAIL = 16  # slots in the tail of the steps measured: it costs as much as another segment
 CALLS = 8  # layer steps dispatched together, as the engine does
 LONG_S = 0.1  # of those: more is measured by single calls, so that a slow machine is done in seconds too
 ENOUGH_S = 12.0  # of measuring: then no shorter segments, and in the ways that no plan asks for one size only
@@ -45,7 +46,8 @@ class Profile:
         machine: everything that would make the profile stale if it changed.
         to_device, to_host: (bytes, seconds) of copies by size.
         both: the same of one copy each way, where copies cross in both directions at once.
-        base_s: one layer step whose cache is empty: projections, norms and MLP.
+        in_step_copy_s: of a copy that is part of a compiled layer step, however small.
+        base_s: one layer step whose cache is a short tail: projections, norms, MLP, and attention at its least.
         mlp_s: the MLP's part of it.
         keys_values_s, project_s, absorb_s: what a segment of the cache adds to it in each form, however short.
         keys_values_token_s, project_token_s, absorb_token_s: and what each of its tokens adds.
@@ -58,6 +60,7 @@ class Profile:
     to_device: list[tuple[int, float]]
     to_host: list[tuple[int, float]]
     both: list[tuple[int, float]]
+    in_step_copy_s: float
     base_s: float
     mlp_s: float
     keys_values_s: float
@@ -71,13 +74,9 @@ class Profile:
     issue_s: float
     compile_s: float
 
-    @functools.cached_property
-    def _to_device_law(self) -> link.Law:
-        return link.law(self.to_device)
-
-    def copy_s(self, nbytes: int) -> float:
-        """Seconds that one host-to-device copy adds to others under way."""
-        return self._to_device_law.copy_s(nbytes)
+    def copy_s(self, nbytes: int, in_step: bool = False) -> float:
+        """Seconds that one host-to-device copy adds to others under way, issued by itself or in a layer step."""
+        return max(link.between(self.to_device, nbytes), self.in_step_copy_s if in_step else 0.0)
 
     def layer_s(self, recompute: Recompute, activations: int, keys_values: int) -> float:
         """Seconds of one layer step over so many tokens in each form, a segment each."""
@@ -187,6 +186,7 @@ def measure(
         "mlp": functools.partial(_mlp_s, one, batch),
         "head": functools.partial(_head_s, one, batch),
         "issue": link.issue_s,
+        "in step": lambda: _in_step_copy_s(one, batch, (activations[:PROBE_TAIL], keys_values[:PROBE_TAIL])),
     }
     copies: dict[link.Way, dict[Any, Callable[[], float]]] = {
         way: {(way, size): functools.partial(link.copy_s, way, size) for size in link.sizes(way)}
@@ -223,6 +223,7 @@ def measure(
         to_device=by_size("to_device"),
         to_host=by_size("to_host"),
         both=by_size("both"),
+        in_step_copy_s=measured["in step"],
         base_s=base_s,
         mlp_s=min(measured["mlp"], base_s),
         **{f"{form}_s": begin_s for form, (begin_s, _) in fitted.items()},
@@ -247,14 +248,20 @@ def _some(model: Model) -> Model:
 
 
 def _calls(
-    model: Model, batch: int, segments: tuple[Segment, ...], recompute: Recompute = "project"
+    model: Model,
+    batch: int,
+    segments: tuple[Segment, ...],
+    recompute: Recompute = "project",
+    ahead: tuple[Segment, ...] = (),
 ) -> Callable[[int], jax.Array]:
-    """A function that issues so many steps of one layer over these segments, one after the other."""
+    """A function that issues so many steps of one layer over these segments, one after the other, each of which copies
+    those of `ahead` to the device."""
     config, dtype = model.config, model.dtype
-    shape = (batch, 1, config.num_kv_heads, config.head_dim)
-    place = Place(jnp.array([2**20], jnp.int32), None)
+    shape = (batch, PROBE_TAIL, config.num_kv_heads, config.head_dim)
+    slots = 2**20 + jnp.arange(PROBE_TAIL, dtype=jnp.int32)
+    place = memory.placed(Place(slots[:1], None))
     h = memory.placed(jnp.ones((batch, 1, config.hidden_size), dtype))
-    tail: Segment = memory.placed(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.array(place.slots)))
+    tail: Segment = memory.placed(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots))
     definition, params = steps.split_module(model.layers[0])
 
     def calls(count: int) -> jax.Array:
@@ -262,7 +269,7 @@ def _calls(
         out = h
         for _ in range(count):
             out, (tail,), _ = steps.decode_layers(
-                definition, (params,), out, (segments,), (tail,), place, (), recompute=recompute
+                definition, (params,), out, (segments,), (tail,), place, ahead, recompute=recompute
             )
         return out
 
@@ -284,6 +291,17 @@ def _dispatch_s(calls: Callable[[int], Any], run_s: float) -> float:
     return issued_s(lambda: calls(count), trials) / count
 
 
+def _in_step_copy_s(model: Model, batch: int, segments: tuple[Segment, ...]) -> float:
+    """Seconds of a copy in a layer step over these segments, which copies as many: a step's, shared out to its copies.
+
+    A step that computes for longer than its copies take is no measure of them, and is not bound by them either.
+    """
+    here = memory.placed(segments)
+    there = tuple(map(memory.to_host, here))
+    copies = len(jax.tree.leaves(there)) - len(there)  # all arrays but the slots
+    return _run_s(_calls(model, batch, here, ahead=there))[1] / copies
+
+
 def _mlp_s(model: Model, batch: int) -> float:
     """Seconds of one layer's MLP in a decode step."""
     definition, params = steps.split_module(model.layers[0].mlp)
@@ -293,7 +311,8 @@ def _mlp_s(model: Model, batch: int) -> float:
 
 
 def _head_s(model: Model, batch: int) -> float:
-    """Seconds of what surrounds the layers in a step: embedding, logits and the next token."""
+    """Seconds of what surrounds the layers in a step: embedding, logits and the next token. The least of a few trials,
+    which vary by a factor of two where another process keeps the host busy."""
     embedder = steps.split_module(model.embedder)
     tokens, place = jnp.zeros((batch, 1), jnp.int32), Place(jnp.zeros(1, jnp.int32), None)
     keys, index, sampling = prompt_keys(0, [[0]] * batch), jnp.int32(0), Sampling()
@@ -302,7 +321,7 @@ def _head_s(model: Model, batch: int) -> float:
         logits = steps.logits(*embedder, steps.embed(*embedder, tokens, place)[0])
         return steps.sample(logits, keys, index, sampling)
 
-    return median_s(surround)
+    return min(trials_s(surround))
 
 
 def cache_directory() -> Path:

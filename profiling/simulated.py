@@ -86,7 +86,7 @@ The figures of the H200 invert the formulas for the profile in each report of th
 
 {inverted}
 
-- Reading weights: the time of a layer with an empty cache is a line through the bytes of a layer of all reports.
+- Reading weights: the time of a layer with next to no cache is a line through the bytes of a layer of all reports.
 - The link: large copies, which the benchmark measures beside the steps. In a step, copies are issued ahead and queue
   one behind the other, so that one costs no more than its bytes. Issuing a copy: what the smallest one takes beyond its
   bytes.

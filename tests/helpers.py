@@ -55,9 +55,10 @@ def profile(**changes: object) -> Profile:
     """A machine whose link is slow and whose compute is fast; `changes` replace fields."""
     given = Profile(
         machine={"device": "given"},
-        to_device=[(2**20, 1e-4), (2**26, 6.4e-3)],
+        to_device=[(1, 1e-4 / 2**20), (2**20, 1e-4), (2**26, 6.4e-3)],
         to_host=[(2**20, 1e-4), (2**26, 6.4e-3)],
         both=[(2**20, 2e-4), (2**26, 1.28e-2)],
+        in_step_copy_s=0.0,
         base_s=1e-4,
         mlp_s=6e-5,
         keys_values_s=0.0,

@@ -42,7 +42,7 @@ def test_the_report_holds_every_trial_and_the_bytes_of_each_split(tmp_path, caps
     assert streamed["step_bytes"] == [2 * 2 * 9 * config.kv_width * 4] * 3  # layers · batch · tokens · width · bytes
     assert held["step_bytes"] == [2 * 2 * 9 * config.activation_width * 4] * 3
     assert streamed["compute_s"] > 0 and streamed["prefill_flops"] > 0
-    speed_up = statistics.median(streamed["step_s"]) / statistics.median(held["step_s"])
+    speed_up = sum(streamed["step_s"]) / sum(held["step_s"])
     assert [row["over l = 0"] for row in report["table"]] == ["1.00x", f"{speed_up:.2f}x"]
     for result, row in zip(report["results"], report["table"], strict=True):
         assert len(result["step_s"]) == 3 and result["prefill_s"] > 0 and min(result["step_s"]) > 0
@@ -51,6 +51,8 @@ def test_the_report_holds_every_trial_and_the_bytes_of_each_split(tmp_path, caps
         floor_s = result["step_bytes"][0] / report["link_gb_per_s"] / 1e9
         assert float(row["step / floor"]) == pytest.approx(step_s / floor_s, abs=0.0006)
         assert row["step (ms)"] in printed
+        rate = float(row["GB/s"]) * 1e9
+        assert rate == pytest.approx(result["step_bytes"][0] / step_s, abs=0.06e9)
         after = [result[name] for name in ("pinned_bytes", "other_host_bytes", "device_bytes")]
         assert all(len(column) == 3 for column in after) and min(after[1]) > 10**8
         assert result["cache_host_bytes"] == result["step_bytes"][0]
@@ -169,6 +171,11 @@ def test_a_run_with_flushes_is_set_beside_its_steady_states(monkeypatch, tmp_pat
     assert decode.main(["--model", str(checkpoint.BUNDLED), *setting]) == 0
     report = json.loads(out.read_text())
     assert [row["flushes"] for row in report["growth"]] == [str(report["results"][0]["plan"]["flushes"])] == ["2"]
+    (row,), (result,) = report["table"], report["results"]
+    assert len(set(result["step_bytes"])) == 3
+    steps = zip(result["step_s"], result["step_bytes"], strict=True)
+    ratio = statistics.median(step_s * report["link_gb_per_s"] * 1e9 / moved for step_s, moved in steps)
+    assert float(row["step / floor"]) == pytest.approx(ratio, abs=0.0006)
 
 
 @pytest.mark.parametrize("name", ["opt-350m", "mistral", "bloom", "qwen3"])

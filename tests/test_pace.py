@@ -1,5 +1,7 @@
 """Steps that are slower than predicted for long are noticed, and the cost model learns from them."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,7 +53,8 @@ def test_fast_steps_may_be_those_of_a_slow_reader():
 def test_slowed_costs_predict_what_was_measured(
     activations, keys_values, resident, bandwidth, dispatch_s, times, recompute, engine, batch
 ):
-    machine = profile(to_device=[(2**16, 2**16 / bandwidth), (2**24, 2**24 / bandwidth)], dispatch_s=dispatch_s)
+    machine = profile(to_device=[(1, 1 / bandwidth), (2**24, 2**24 / bandwidth)], dispatch_s=dispatch_s)
+    machine = dataclasses.replace(machine, in_step_copy_s=dispatch_s / 3)
     costs, held = Costs(OPT, 4, batch, machine), (Held(activations, keys_values, resident), recompute, engine)
     measured_s = times * costs.step_s(*held)
     slowed, blamed = costs.slowed(*held, step_s=measured_s)

@@ -21,10 +21,11 @@ OPT_6_7B = dataclasses.replace(
     OPT, vocab_size=50272, num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=32, head_dim=128,
     mlp_size=16384, max_positions=2048, embed_size=4096,
 )  # fmt: skip
-# One NVIDIA H200 (shared measurements: 54.1 GB/s over the link, one layer over B 32 x S 1024).
+# One NVIDIA H200 (shared measurements: GB/s over the link by MiB of a copy, one layer over B 32 x S 1024).
+RATES = {1: 19.9, 4: 38.1, 16: 49.0, 64: 53.3, 256: 54.1}
 H200 = profile(
-    to_device=[(2**20, 2**20 / 19.9e9), (2**28, 2**28 / 54.1e9)], base_s=2e-4, keys_values_token_s=0.8e-3 / 1024,
-    project_token_s=3.6e-3 / 1024, absorb_token_s=0.8e-3 / 1024, head_s=2e-3,
+    to_device=[(mib * 2**20, mib * 2**20 / rate / 1e9) for mib, rate in RATES.items()], base_s=2e-4,
+    keys_values_token_s=0.8e-3 / 1024, project_token_s=3.6e-3 / 1024, absorb_token_s=0.8e-3 / 1024, head_s=2e-3,
 )  # fmt: skip
 
 
@@ -50,24 +51,26 @@ def costs_of(given, batch=32, config=OPT_6_7B, itemsize=2):
     new=st.sampled_from([1, 2, 40]),  # few enough that no tail is ever flushed
     device_gib=st.just(0.0) | st.floats(0.0, 60.0),
     host_gib=st.none() | st.floats(0.01, 60.0),
-    bandwidth=st.floats(1e8, 1e12),
+    small=st.integers(5_000, 50_000_000),
     keys_values=st.floats(1e-9, 1e-4),
     project=st.floats(1e-9, 1e-3),
     absorb=st.floats(1e-9, 1e-4),
     dispatch=st.floats(1e-6, 1e-3),
     issue_copy=st.floats(1e-6, 1e-3),
+    in_step=st.floats(1e-6, 1e-3),
     recompute=st.sampled_from(["auto", "project", "absorb"]),
     engine=st.sampled_from(["overlapped", "sequential"]),
 )
 def test_the_plan_is_the_best_of_those_that_fit(
-    batch, prompt, new, device_gib, host_gib, bandwidth, keys_values, project, absorb, dispatch, issue_copy, recompute,
-    engine,
+    batch, prompt, new, device_gib, host_gib, small, keys_values, project, absorb, dispatch, issue_copy, in_step,
+    recompute, engine,
 ):  # fmt: skip
     """Against every split, with the cost model and the bytes of the design page written out again."""
+    bandwidth = small / 5e-5  # so many bytes and fewer take 50 µs
     machine = profile(
-        to_device=[(size, max(5e-5, size / bandwidth)) for size in (2**10, 2**16, 2**28, 2**30)],
+        to_device=[(2**10, 5e-5), (small, 5e-5), (2**30, 2**30 / bandwidth)],
         keys_values_token_s=keys_values, project_token_s=project, absorb_token_s=absorb,
-        dispatch_s=dispatch, issue_s=issue_copy,
+        dispatch_s=dispatch, issue_s=issue_copy, in_step_copy_s=in_step,
     )  # fmt: skip
     request = Request(
         recompute=recompute, engine=engine, device_cache_gib=device_gib, host_cache_gib=host_gib, tail_tokens=64
@@ -80,9 +83,9 @@ def test_the_plan_is_the_best_of_those_that_fit(
     def step_s(split, tokens, way):
         resident, form = prompt - tokens, project if way == "project" else absorb
         arrays = ([split * 4096] if split else []) + [(tokens - split) * 4096] * (2 if split < tokens else 0)
-        link = sum(max(5e-5, batch * numbers * 2 / bandwidth) for numbers in arrays)
         compute = 1e-4 + split * form + (tokens - split + resident + tail) * keys_values  # the tail stays
         small = batch * sum(arrays) * 2 < 16 * 2**20
+        link = sum(max(5e-5, batch * numbers * 2 / bandwidth, in_step if small else 0) for numbers in arrays)
         issue = dispatch + (0 if small else len(arrays) * issue_copy)
         if engine == "sequential":
             return 32 * (link + compute) + 1e-3

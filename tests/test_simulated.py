@@ -112,17 +112,19 @@ def test_synthetic_devices_have_the_h200s_shares_of_their_own_peaks():
 def test_the_h200_reproduces_what_was_measured_on_it():
     """Within what its page states: a few percent, but for the smallest step, which the host could not issue faster."""
     h200, reports = derived.devices()[0], derived.reports()
-    assert len(reports) == 9
-    errors, smallest = [], []
+    assert len(reports) == 12
+    errors, smallest, heads = [], [], []
     for report in reports:
         found = h200.profile(report.config, report.dtype, report.batch)
         assert found.project_token_s == pytest.approx(report.profile["project_token_s"], rel=0.1)
         assert found.base_s == pytest.approx(report.profile["base_s"], rel=0.2)
-        assert found.head_s == pytest.approx(report.profile["head_s"], rel=0.4)
+        heads.append(found.head_s / report.profile["head_s"])
         for result in report.results:
             if result["plan"]["offloaded"]:
                 errors.append(abs(report.predicted_s(result, h200) / report.step_s(result) - 1))
                 smallest += errors[-1:] * (report.batch == 1 and result["plan"]["cached_tokens"] == 512)
+    assert statistics.median(abs(ratio - 1) for ratio in heads) < 0.25  # the host issues it: 0.3 to 0.8 ms
+    assert 0.5 < min(heads) < max(heads) < 2
     assert len(errors) > 30 and statistics.median(errors) < 0.02
     assert len(smallest) == 2 and max(smallest) < 0.13 and max(set(errors) - set(smallest)) < 0.05
     page = (device.DEVICES / "README.md").read_text()

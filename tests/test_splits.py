@@ -21,7 +21,7 @@ CONFIG = settings.shape(MODEL, 2)
 # 3/4 of 64 tokens take least: 12 ms on the link, 11.5 to project them. Absorbed, the fewest bytes do.
 NBYTES = 2 * CONFIG.activation_width * 4  # of a token in both sequences
 SLOW = profile(
-    to_device=[(64 * NBYTES, 64 * 1.5e-4), (256 * NBYTES, 256 * 1.5e-4)], base_s=0.0, project_token_s=2.4e-4,
+    to_device=[(NBYTES, 1.5e-4), (256 * NBYTES, 256 * 1.5e-4)], base_s=0.0, project_token_s=2.4e-4,
     keys_values_token_s=1e-6, absorb_token_s=1e-6, head_s=1e-3, dispatch_s=0.0, issue_s=0.0,
 )  # fmt: skip
 
