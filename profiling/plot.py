@@ -12,8 +12,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import re
-import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -118,33 +116,19 @@ def read(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"report {str(path)!r} cannot be read: {error}") from error
-    if not isinstance(report, dict) or not {"machine", "link_gb_per_s", "results"} <= set(report):
+    if not isinstance(report, dict) or not {"machine", "setting", "link_gb_per_s", "results"} <= set(report):
         raise ValueError(f"report {str(path)!r} is not one of python -m kvpr_jax.profiling.decode or splits")
     return report
 
 
 def title(report: dict[str, Any]) -> str:
     """What was measured, and on what."""
-    setting = report["setting"] if "setting" in report else _setting_of_old(report)
+    setting = report["setting"]
     engine = "" if setting["engine"] == "overlapped" else f", {setting['engine']}"
     return (
         f"{setting['model']}, {setting['layers']} layers, {setting['dtype']}, batch {setting['batch']}, prompt "
         f"{setting['prompt']}{engine}, {report['machine']['device']}"
     )
-
-
-def _setting_of_old(report: dict[str, Any]) -> dict[str, Any]:
-    """That of a report of version 0.1, whose command names the model."""
-    command, profiled, plan = shlex.split(report["command"]), report["profile"]["machine"], report["results"][0]["plan"]
-    (layers,) = re.findall(r"num_layers=(\d+)", profiled["model"])
-    return {
-        "model": command[command.index("--model") + 1],
-        "layers": layers,
-        "dtype": profiled["dtype"],
-        "batch": plan["batch"],
-        "prompt": plan["cached_tokens"],
-        "engine": plan["engine"],
-    }
 
 
 def figure(report: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from kvpr_jax import checkpoint
 from kvpr_jax.profiling import decode, link, matmul, plot
 
 STORED = sorted((Path(__file__).parent.parent / "profiling/results").glob("*/*.json"))
+OVERLAP = next(path for path in STORED if path.stem.startswith("overlap"))
 REASON = "plots are drawn with matplotlib: pip install -e '.[test,plot]'"
 
 
@@ -179,7 +180,7 @@ def test_another_engine_is_named():
 def test_every_stored_report_can_be_drawn(matplotlib, tmp_path):
     titles = {}
     for path in STORED:
-        if "results" in json.loads(path.read_text()):
+        if {"setting", "results"} <= set(json.loads(path.read_text())):
             report = plot.read(path)
             titles[path.parent.name, path.stem] = plot.title(report)
             swept = any(not point.aside for point in plot.points(report))
@@ -236,9 +237,10 @@ def test_without_matplotlib_one_line_names_the_extra(without_matplotlib, tmp_pat
     (None, "plot.png", r"report '.*report\.json' cannot be read: .*No such file"),
     ("{", "plot.png", r"report '.*report\.json' cannot be read: .*"),
     ('{"table": []}', "plot.png", r"report '.*report\.json' is not one of python -m kvpr_jax\.profiling\.decode"),
+    (OVERLAP.read_text(), "plot.png", r"report '.*report\.json' is not one of python -m kvpr_jax\.profiling\.decode"),
     (json.dumps(REPORT), "plot.gif", r"plot '.*plot\.gif' must end in \.png or \.svg"),
     (json.dumps(REPORT), "report.json/plot.png", r"'.*plot\.png' cannot be written: .*"),
-], ids=["no report", "damaged", "another's", "suffix", "no folder"])  # fmt: skip
+], ids=["no report", "damaged", "another's", "of copies", "suffix", "no folder"])  # fmt: skip
 def test_an_error_is_one_line(text, out, message, matplotlib, tmp_path, capsys):
     report = tmp_path / "report.json"
     if text is not None:
