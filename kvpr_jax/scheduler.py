@@ -210,8 +210,8 @@ def _residency(costs: Costs, workload: Workload, request: Request, usable: int) 
         return False, workload.prompt_tokens, 0, everything
     resident = 0
     for _ in range(2):  # what stays makes the window's layers smaller, so that a little more can stay
-        beside = window_bytes(costs.host_bytes(0, total - resident))
-        beside = max(beside + 2 * tail * token_bytes, _merging_bytes(costs, tail, everything // tail))
+        stepping = window_bytes(costs.host_bytes(0, total - resident)) + 2 * tail * token_bytes
+        beside = max(stepping, _merging_bytes(costs, tail, everything // tail))
         left = min(budget - tail * token_bytes, usable - beside)
         resident = max(0, left // token_bytes)
     of_prompt = min(workload.prompt_tokens, resident)
