@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent import futures
 
 import jax
@@ -23,7 +23,7 @@ from jaxtyping import Array, Int
 from kvpr_jax import memory, steps
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.costs import Held
-from kvpr_jax.engines import InStep, Overlapped, Resident, Sequential, engine_for
+from kvpr_jax.engines import Overlapped, Sequential, engine_for
 from kvpr_jax.pace import Pace
 from kvpr_jax.plan import MERGE, Plan, merged_tokens
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
@@ -62,7 +62,7 @@ class Cache:
     start: dataclasses.InitVar[Int[Array, " B"] | None]
     place: Place = dataclasses.field(init=False)
     tails: list[Segment] = dataclasses.field(init=False)
-    engine: Sequential | Overlapped | InStep | Resident = dataclasses.field(init=False)
+    engine: Sequential | Overlapped = dataclasses.field(init=False)
     bytes_per_step: int = dataclasses.field(init=False)
     predicted_step_s: float = dataclasses.field(init=False)
     fetched_bytes: int = 0
@@ -83,17 +83,9 @@ class Cache:
         """Whether the tail must be flushed before the next token."""
         return self.length == self._tail_start + self.plan.tail_tokens
 
-    def fetch(self, layer: int) -> tuple[Segment, ...]:
-        """The layer's segments on the device: those on the host, copied asynchronously, before those that stay."""
-        return (*map(memory.fetched, self.on_host(layer)), *self.on_device(layer))
-
-    def on_host(self, layer: int) -> tuple[Segment, ...]:
-        """The layer's segments that are on the host."""
-        return tuple(segment for segment in self.layers[layer] if memory.on_host(segment))
-
-    def on_device(self, layer: int) -> tuple[Segment, ...]:
-        """The layer's segments that stay on the device, without the tail."""
-        return tuple(segment for segment in self.layers[layer] if not memory.on_host(segment))
+    def fetch(self, layers: Sequence[int]) -> list[tuple[Segment, ...]]:
+        """The segments of each of these layers, all on the device; those on the host are copied, asynchronously."""
+        return memory.fetched([self.layers[layer] for layer in layers])
 
     def flush(self) -> None:
         """Make every layer's full tail its next segment, on the device or on the host, and begin anew."""
@@ -163,7 +155,7 @@ class Cache:
         self._tail_start = self.length
         layer_bytes = memory.host_bytes(self.layers[0])
         self.bytes_per_step = layer_bytes * len(self.layers)
-        self.engine = engine_for(self.plan.engine, layer_bytes)
+        self.engine = engine_for(self.plan.engine, len(self.layers), layer_bytes)
         empty = self._tail_form(self.layers[0], self.flushes)
         self.tails = [memory.placed(empty(self)) for _ in self.layers]
         self.predicted_step_s = self.plan.step_s(self._read())
@@ -203,7 +195,7 @@ def _empty_keys_values(cache: Cache) -> KeysValues:
 
 def _join(segments: tuple[Segment, ...]) -> Segment:
     """Segments as one, on the device."""
-    return jax.block_until_ready(steps.concatenate(tuple(map(memory.fetched, segments)), axis=1))
+    return jax.block_until_ready(steps.concatenate(memory.fetched(segments), axis=1))
 
 
 def _joined(

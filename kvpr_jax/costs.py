@@ -4,11 +4,10 @@ Layer i+1's copies run beside layer i's compute, and the host issues both:
 
     link_s(l)    = L · sum over copies (activations; keys, values) of what one of so many bytes takes
     compute_s(l) = L · (layer + for each form: segment + tokens · token)
-    issue_s(l)   = L · cost of issuing the layer's step, and its copies where they are not part of it
+    issue_s(l)   = L/g · (call + (g - 1) · further layer) + copies · copy
     step_s(l)    = max(link_s, compute_s + head, issue_s + head)
 
-since the window reaches over the ends of steps. Where the copies are part of the step (`engines.InStep`), nothing
-crosses while the next token is chosen: + head in any case.
+since the window reaches over the ends of steps; g layers share a call (`engines.group`).
 
 A form's tokens count as one copy, or two, however many segments they are in: merging keeps those few.
 `two_phase_step_s` is the cost model of the paper (arXiv 2411.17089, equations 8 to 11), kept for comparison.
@@ -19,16 +18,15 @@ import math
 from typing import Any
 
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.engines import SMALL_BYTES, Engine, group
+from kvpr_jax.engines import Engine, group
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling.profile import Profile
 
 BUCKETS = 16  # split points tried, about
-TIMES_OF = {  # each side of a step: the profile's times that make it up
-    "copies to the device": ("in_step_copy_s",),  # and those by size
+TIMES_OF = {  # sides of a step: the profile's times that make them up
     "compute": ("base_s", "keys_values_s", "project_s", "absorb_s", "keys_values_token_s", "project_token_s",
                 "absorb_token_s"),
-    "dispatch": ("dispatch_s", "issue_s"),
+    "dispatch": ("dispatch_s", "layer_dispatch_s", "issue_s"),
 }  # fmt: skip
 
 
@@ -73,28 +71,24 @@ class Costs:
 
     def link_s(self, activations: int, keys_values: int) -> float:
         """One layer's copies."""
-        in_step = not self._is_large(activations, keys_values)
-        arrays = self.arrays_bytes(activations, keys_values)
-        return sum((self.profile.copy_s(nbytes, in_step) for nbytes in arrays), 0.0)
+        return sum((self.profile.copy_s(nbytes) for nbytes in self.arrays_bytes(activations, keys_values)), 0.0)
 
     def compute_s(self, activations: int, keys_values: int, recompute: Recompute) -> float:
         """One layer's step over tokens in each form, wherever they are held."""
         return self.profile.layer_s(recompute, activations, keys_values)
 
     def issue_s(self, activations: int, keys_values: int) -> float:
-        """What the host needs to issue one layer's step, and its copies where they are not part of the step."""
-        arrays = self.arrays_bytes(activations, keys_values)
-        if not arrays:
-            return self.profile.dispatch_s / group(self.config.num_layers)
-        copies = len(arrays) if self._is_large(activations, keys_values) else 0
-        return self.profile.dispatch_s + copies * self.profile.issue_s
+        """What the host needs to issue one layer's step, its share of the call, and its copies."""
+        layers = group(self.config.num_layers, self.host_bytes(activations, keys_values))
+        call_s = self.profile.dispatch_s + (layers - 1) * self.profile.layer_dispatch_s
+        return call_s / layers + len(self.arrays_bytes(activations, keys_values)) * self.profile.issue_s
 
     def step_s(self, held: Held, recompute: Recompute, engine: Engine) -> float:
         """One decode step."""
         sides = self.sides(held, recompute, engine)
         if engine == "sequential":
             return sum(sides.values()) + self.profile.head_s
-        return max(self._with_head(sides, held).values())
+        return max(self._with_head(sides).values())
 
     def sides(self, held: Held, recompute: Recompute, engine: Engine) -> dict[str, float]:
         """What all layers take of each thing that a step may be bound by; dispatch, where the host runs ahead."""
@@ -107,17 +101,10 @@ class Costs:
             sides["dispatch"] = self.issue_s(activations, keys_values)
         return {side: self.config.num_layers * seconds for side, seconds in sides.items()}
 
-    def _with_head(self, sides: dict[str, float], held: Held) -> dict[str, float]:
-        """These sides with what surrounds the layers, which only large copies go on beside."""
-        large, head_s = self._is_large(held.activations, held.keys_values), self.profile.head_s
-        return {
-            side: seconds if large and side == "copies to the device" else seconds + head_s
-            for side, seconds in sides.items()
-        }
-
-    def _is_large(self, activations: int, keys_values: int) -> bool:
-        """Whether a layer's copies are issued by themselves, not as a part of the step before."""
-        return self.host_bytes(activations, keys_values) >= SMALL_BYTES
+    def _with_head(self, sides: dict[str, float]) -> dict[str, float]:
+        """These sides with what surrounds the layers, which copies go on beside."""
+        head_s = self.profile.head_s
+        return {side: seconds + (0.0 if side == "copies to the device" else head_s) for side, seconds in sides.items()}
 
     def slowed(self, held: Held, recompute: Recompute, engine: Engine, step_s: float) -> tuple["Costs", str]:
         """The cost model by which this step, which is predicted to take less, takes `step_s`; and what it blames.
@@ -125,12 +112,12 @@ class Costs:
         What the prediction is bound by is taken to be slower than profiled.
         """
         sides = self.sides(held, recompute, engine)
-        ends = sides if engine == "sequential" else self._with_head(sides, held)
+        ends = sides if engine == "sequential" else self._with_head(sides)
         blamed = max(sides, key=lambda side: ends[side])
         times = 1 + (step_s - self.step_s(held, recompute, engine)) / sides[blamed]
-        changes: dict[str, Any] = {name: times * getattr(self.profile, name) for name in TIMES_OF[blamed]}
+        changes: dict[str, Any] = {name: times * getattr(self.profile, name) for name in TIMES_OF.get(blamed, ())}
         if blamed == "copies to the device":
-            changes["to_device"] = [(nbytes, times * seconds) for nbytes, seconds in self.profile.to_device]
+            changes = {"to_device": [(nbytes, times * seconds) for nbytes, seconds in self.profile.to_device]}
         return dataclasses.replace(self, profile=dataclasses.replace(self.profile, **changes)), blamed
 
     def two_phase_step_s(self, activations: int, keys_values: int) -> float:

@@ -5,6 +5,7 @@ import functools
 import os
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ HOST_POOL_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 GIB = 2**30
 
 Tree = TypeVar("Tree")
+Segments = TypeVar("Segments")  # a tree of segments
 
 _pool_bytes = 0  # XLA's pool of pinned memory is at least this large: what was reserved, or seen live
 
@@ -45,17 +47,21 @@ def placed(tree: Tree) -> Tree:
     return jax.device_put(tree, _sharding(DEVICE))
 
 
-def fetched(segment: Segment) -> Segment:
-    """The segment on the device: an asynchronous copy, or the segment itself if it is there."""
-    if not on_host(segment):
-        return segment
+def fetched(segments: Segments) -> Segments:
+    """A tree of segments, all on the device: those on the host by one asynchronous copy of all their arrays, which the
+    host issues in less time than one after the other."""
+    leaves, structure = jax.tree.flatten(segments, is_leaf=lambda node: isinstance(node, Segment))
+    away = [index for index, segment in enumerate(leaves) if on_host(segment)]
     with jax.profiler.TraceAnnotation("fetch"):
-        return _moved(segment, DEVICE)
+        arrived = _moved([leaves[index] for index in away], DEVICE)
+    for index, segment in zip(away, arrived, strict=True):
+        leaves[index] = segment
+    return structure.unflatten(leaves)
 
 
 def arriving(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
     """Within a compiled function: segments that are on the host, on the device, copied beside what it computes."""
-    return tuple(_moved(segment, DEVICE) for segment in segments)
+    return tuple(_moved(segments, DEVICE))
 
 
 def described(tree: Tree, host: bool | None = None) -> Tree:
@@ -71,23 +77,19 @@ def described(tree: Tree, host: bool | None = None) -> Tree:
     return jax.tree.map(describe, tree)
 
 
-def blank_on_host(tree: Tree) -> Tree:
-    """Arrays of these shapes, zeros in pinned host memory: to a compiled function a described one is on the device."""
-    return jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), tree)
-
-
 def to_host(segment: Segment) -> Segment:
     """A copy of the segment in pinned host memory, asynchronous; its few `slots` stay on the device."""
-    return _moved(segment, HOST)
+    return _moved((segment,), HOST)[0]
 
 
-def _moved(segment: Segment, kind: str) -> Segment:
-    arrays = {f.name: getattr(segment, f.name) for f in dataclasses.fields(segment) if f.name != "slots"}
-    return dataclasses.replace(segment, **jax.device_put(arrays, _sharding(kind)))
+def _moved(segments: Sequence[Segment], kind: str) -> list[Segment]:
+    """The arrays of all of them to a kind of memory, by one call."""
+    moved = jax.device_put([segment.arrays for segment in segments], _sharding(kind))
+    return [dataclasses.replace(segment, **there) for segment, there in zip(segments, moved, strict=True)]
 
 
 def on_host(segment: Segment) -> bool:
-    return jax.tree.leaves(segment)[0].sharding.memory_kind == HOST
+    return next(iter(segment.arrays.values())).sharding.memory_kind == HOST
 
 
 def host_bytes(segments: tuple[Segment, ...]) -> int:

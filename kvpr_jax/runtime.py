@@ -110,17 +110,13 @@ class Decoder:
     def compute(self, tails: list[Segment], place: Place, recompute: Recompute) -> engines.Compute:
         """What an engine calls to compute layers for a token at `place`, which it writes into their `tails`."""
 
-        def layers_step(
-            layers: Sequence[int], h: Array, segments: Sequence[tuple[Segment, ...]], ahead: tuple[Segment, ...]
-        ) -> tuple[Array, tuple[Segment, ...]]:
+        def layers_step(layers: Sequence[int], h: Array, segments: Sequence[tuple[Segment, ...]]) -> Array:
             params = tuple(self.params[layer] for layer in layers)
             before = tuple(tails[layer] for layer in layers)
-            h, after, fetched = steps.decode_layers(
-                self.layer, params, h, tuple(segments), before, place, ahead, recompute=recompute
-            )
+            h, after = steps.decode_layers(self.layer, params, h, tuple(segments), before, place, recompute=recompute)
             for layer, tail in zip(layers, after, strict=True):
                 tails[layer] = tail
-            return h, fetched
+            return h
 
         return layers_step
 
@@ -167,14 +163,11 @@ class Decoder:
             return merging.out_info
 
         segments, tail = cache.after_flush(join)
-        ahead = tuple(segment for segment in segments if memory.on_host(segment))
-        rest = tuple(segment for segment in segments if not memory.on_host(segment))
-        engine = engines.engine_for(cache.plan.engine, memory.host_bytes(segments))
-        layers = engines.group(self.config.num_layers) if isinstance(engine, engines.Resident) else 1
+        engine = engines.engine_for(cache.plan.engine, self.config.num_layers, memory.host_bytes(segments))
+        fetched = memory.described(segments, host=False)
         steps.decode_layers.lower(
-            self.layer, (memory.described(self.params[0]),) * layers, h,
-            ((*memory.described(ahead, host=False), *rest),) * layers, (tail,) * layers, memory.described(cache.place),
-            memory.blank_on_host(ahead) if isinstance(engine, engines.InStep) else (), recompute=cache.plan.recompute,
+            self.layer, (memory.described(self.params[0]),) * engine.group, h, (fetched,) * engine.group,
+            (tail,) * engine.group, memory.described(cache.place), recompute=cache.plan.recompute,
         ).compile()  # fmt: skip
 
 

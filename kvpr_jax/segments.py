@@ -16,8 +16,8 @@ else:  # or what only describes one: shapes and types, where a step is compiled 
     Held = Any
 
 
-def _nbytes(array: Held) -> int:
-    return array.size * array.dtype.itemsize  # a shape has no nbytes
+def _nbytes(arrays: dict[str, Held]) -> int:
+    return sum(array.size * array.dtype.itemsize for array in arrays.values())  # a shape has no nbytes
 
 
 @jax.tree_util.register_dataclass
@@ -33,9 +33,14 @@ class Activations:
         return self.x.shape[1]
 
     @property
+    def arrays(self) -> dict[str, Held]:
+        """What crosses the link when the segment is fetched, by field; slots stay on the device."""
+        return {"x": self.x}
+
+    @property
     def nbytes(self) -> int:
-        """Bytes that cross the link when the segment is fetched (slots stay on the device)."""
-        return _nbytes(self.x)
+        """Bytes of `arrays`."""
+        return _nbytes(self.arrays)
 
     def __getitem__(self, tokens: slice) -> "Activations":
         return Activations(self.x[:, tokens], self.slots[tokens])
@@ -55,9 +60,14 @@ class KeysValues:
         return self.keys.shape[1]
 
     @property
+    def arrays(self) -> dict[str, Held]:
+        """What crosses the link when the segment is fetched, by field; slots stay on the device."""
+        return {"keys": self.keys, "values": self.values}
+
+    @property
     def nbytes(self) -> int:
-        """Bytes that cross the link when the segment is fetched (slots stay on the device)."""
-        return _nbytes(self.keys) + _nbytes(self.values)
+        """Bytes of `arrays`."""
+        return _nbytes(self.arrays)
 
     def __getitem__(self, tokens: slice) -> "KeysValues":
         return KeysValues(self.keys[:, tokens], self.values[:, tokens], self.slots[tokens])

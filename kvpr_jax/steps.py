@@ -5,8 +5,8 @@
     prefill_layer     | definition, split,      | h       | sequences of the chunk, S, l, resident tokens, queries at a
                       | resident, chunk         |         | time; not the layer, not the prompt
     decode_layers     | definition, recompute   | tails   | batch, how many layers, the segments' forms and lengths,
-                      |                         |         | the tail's form, what is fetched; not which layers, not
-                      |                         |         | the token, not the position
+                      |                         |         | the tail's form; not which layers, not the token, not the
+                      |                         |         | position
     logits            | definition              |         | batch
     sample            |                         |         | batch; not temperature, top-k, top-p, min-p or seed
     concatenate       | axis                    |         | forms and shapes of the segments
@@ -116,29 +116,43 @@ def decode_layers(
     segments: tuple[tuple[Segment, ...], ...],
     tails: tuple[Segment, ...],
     place: Place,
-    ahead: tuple[Segment, ...],
     *,
     recompute: Recompute,
-) -> tuple[Float[Array, "B 1 D"], tuple[Segment, ...], tuple[Segment, ...]]:
-    """Consecutive layers, often only one, over one new token a sequence.
+) -> tuple[Float[Array, "B 1 D"], tuple[Segment, ...]]:
+    """Consecutive layers, a group of the engine's, over one new token a sequence.
 
-    Segments of activations are turned back into attention here, while the copies of later layers' segments cross the
-    link: those that the engine has issued already, and those of `ahead`.
+    Segments of activations are turned back into attention here, while the copies of later layers' segments, which the
+    engine has issued already, cross the link.
 
     Args:
         params, segments, tails: one of each for every layer.
-        ahead: segments on the host, of a later layer.
 
     Returns:
-        Hidden states, the tails with the token written into them, and `ahead` on the device.
+        Hidden states, and the tails with the token written into them.
     """
-    fetched, written = memory.arriving(ahead), []
+    written = []
+    for of_layer, held, tail in zip(params, segments, tails, strict=True):
+        h, tail = _decode_layer(definition, of_layer, h, held, tail, place, recompute=recompute)
+        written.append(tail)
+    return h, tuple(written)
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "recompute"))
+def _decode_layer(
+    definition: Definition,
+    params: Params,
+    h: Float[Array, "B 1 D"],
+    segments: tuple[Segment, ...],
+    tail: Segment,
+    place: Place,
+    *,
+    recompute: Recompute,
+) -> tuple[Float[Array, "B 1 D"], Segment]:
+    """One of `decode_layers`: a function of its own within that, so that a group of layers traces it once."""
+    layer, split = definition.module(params), 1 if isinstance(tail, Activations) else 0
     with _precision(h):
-        for of_layer, held, tail in zip(params, segments, tails, strict=True):
-            layer, split = definition.module(of_layer), 1 if isinstance(tail, Activations) else 0
-            h, (activations, own) = layer(h, (*held, tail), place, split=split, recompute=recompute, chunk=1)
-            written.append(_write(tail, activations if own is None else own))
-    return h, tuple(written), fetched
+        h, (activations, own) = layer(h, (*segments, tail), place, split=split, recompute=recompute, chunk=1)
+    return h, _write(tail, activations if own is None else own)
 
 
 def _write(tail: Segment, token: Segment) -> Segment:

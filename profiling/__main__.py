@@ -62,8 +62,8 @@ def layer_rows(measured: Profile) -> list[dict[str, str]]:
         "1000 tokens of it as activations, absorb": 1000 * measured.absorb_token_s,
         "head: embedding, logits, next token": measured.head_s,
         "the host issues a layer's step in": measured.dispatch_s,
-        "the host issues a copy in": measured.issue_s,
-        "a copy in a layer's step, at least": measured.in_step_copy_s,
+        "and each further layer of a call": measured.layer_dispatch_s,
+        "the host issues one of several copies in": measured.issue_s,
         "compiling a layer": measured.compile_s,
     }
     return [{"compute": name, "ms": f"{value * 1e3:.3f}"} for name, value in seconds.items()]

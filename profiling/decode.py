@@ -42,7 +42,7 @@ def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, requ
         **times,
         "recompiled": cache.recompiled,
         "longest_wait_s": cache.longest_wait_s,
-        "cache_host_bytes": sum(s.nbytes for layer in range(len(cache.layers)) for s in cache.on_host(layer)),
+        "cache_host_bytes": sum(map(memory.host_bytes, cache.layers)),
         "compute_s": compute_s(decoder, cache, logits),
     } | needed(decoder, plan)
 
@@ -76,7 +76,8 @@ def needed(decoder: Decoder, plan: Plan) -> dict[str, Any]:
 def shortened(decoder: Decoder, plan: Plan) -> Decoder:
     """The same model with few layers: it compiles all that the whole model needs, since layers share one function."""
     short = copy.copy(decoder)
-    short.params = decoder.params[: 2 if plan.host_bytes_per_step else engines.group(len(decoder.params))]
+    layers = len(decoder.params)
+    short.params = decoder.params[: engines.group(layers, plan.host_bytes_per_step // layers)]
     short.config = dataclasses.replace(decoder.config, num_layers=len(short.params))
     return short
 
@@ -132,11 +133,11 @@ def timed_steps(
 
 def compute_s(decoder: Decoder, cache: Cache, logits: Array) -> float:
     """Median seconds of a step without the link: every layer reads the first one's segments, which are fetched once."""
-    cache.layers = [jax.block_until_ready(cache.fetch(0))] * len(cache.layers)
-    kind = engines.Overlapped if isinstance(cache.engine, engines.Overlapped) else engines.Resident
+    cache.layers = jax.block_until_ready(cache.fetch((0,))) * len(cache.layers)
+    group = cache.engine.group
     cache.plan = dataclasses.replace(cache.plan, offloaded=False)  # so that the full tails stay on the device
     cache.flush()
-    cache.engine = kind()  # without the copies that are under way
+    cache.engine = engines.Overlapped(group)  # calls as they were
     tokens = logits.argmax(-1).astype(jnp.int32)
     return timing.median_s(lambda: decoder.step(cache, tokens), trials=max(1, min(5, cache.plan.tail_tokens - 2)))
 

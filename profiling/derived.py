@@ -7,6 +7,7 @@ of its datasheet's peaks, and the same times where the host sets them.
 
 import dataclasses
 import json
+import math
 import shlex
 import statistics
 from pathlib import Path
@@ -93,13 +94,16 @@ class Report:
         kv_s = measured["keys_values_token_s"]
         formed_s = (measured["project_token_s"] - kv_s) / 2
         reads_s = measured["absorb_token_s"] - weights.projected_dims / config.head_dim * (formed_s + kv_s / 2)
-        size, seconds = min(measured["to_device"])
+
+        def rate(count: int, seconds: float) -> float:
+            return count / seconds if seconds > 0 else math.inf  # less than the noise, as one sequence's tokens are
+
         return {
             "link_bytes_per_s": self.link_bytes_per_s,
-            "flops_per_s": 2 * kv_numbers * config.hidden_size / formed_s,
-            "keys_values_bytes_per_s": 2 * kv_numbers * n / kv_s,
-            "activations_bytes_per_s": weights.reads * self.batch * config.hidden_size * n / reads_s,
-            "issue_s": seconds - size / self.link_bytes_per_s,
+            "flops_per_s": rate(2 * kv_numbers * config.hidden_size, formed_s),
+            "keys_values_bytes_per_s": rate(2 * kv_numbers * n, kv_s),
+            "activations_bytes_per_s": rate(weights.reads * self.batch * config.hidden_size * n, reads_s),
+            "issue_s": measured["issue_s"],
             "compile_s": measured["compile_s"],
         }
 
@@ -112,13 +116,21 @@ class Report:
             if fetched == planned
         )
 
+    def copies(self, result: dict[str, Any]) -> int:
+        """Of a layer in a step: activations; keys, values."""
+        held = _held(result["plan"])
+        return bool(held.activations) + 2 * bool(held.keys_values)
+
     def predicted_s(self, result: dict[str, Any], device: Device) -> float:
         """The same step by the cost model, on a device."""
         costs = Costs(self.config, self.dtype.itemsize, self.batch, device.profile(self.config, self.dtype, self.batch))
         plan = result["plan"]
-        keys_values = plan["cached_tokens"] - plan["resident_tokens"] - plan["split"]
-        held = Held(plan["split"], keys_values, plan["resident_tokens"])
-        return costs.step_s(held, plan["recompute"], plan["engine"])
+        return costs.step_s(_held(plan), plan["recompute"], plan["engine"])
+
+
+def _held(plan: dict[str, Any]) -> Held:
+    keys_values = plan["cached_tokens"] - plan["resident_tokens"] - plan["split"]
+    return Held(plan["split"], keys_values, plan["resident_tokens"])
 
 
 def reports() -> list[Report]:
@@ -146,11 +158,11 @@ def measured(reports: list[Report]) -> Device:
     rates = [report.rates() for report in reports]
     layer_s, weights_bytes_per_s = link.line([(r.weights.layer_bytes, r.profile["base_s"]) for r in reports])
     heads_s = [r.profile["head_s"] - r.weights.head_bytes / weights_bytes_per_s for r in reports]
-    steps_s = [
+    issued_s = [
         (report.step_s(result) - report.profile["head_s"]) / report.config.num_layers
+        - report.copies(result) * report.profile["issue_s"]
         for report in reports
         for result in report.results
-        if result["plan"]["host_bytes_per_step"]  # otherwise a call runs several layers
     ]
     return _rounded(
         Device(
@@ -161,7 +173,7 @@ def measured(reports: list[Report]) -> Device:
             weights_bytes_per_s=weights_bytes_per_s,
             layer_s=layer_s,
             head_s=statistics.median(heads_s),
-            dispatch_s=min(steps_s),
+            dispatch_s=min(issued_s),
             **{name: statistics.median(rate[name] for rate in rates) for name in rates[0]},
         )
     )

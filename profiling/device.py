@@ -110,7 +110,6 @@ class Device:
             to_device=copies,
             to_host=copies,
             both=copies,  # PCIe carries both directions at once
-            in_step_copy_s=self.issue_s,
             base_s=base_s,
             mlp_s=base_s * weights.mlp_bytes / weights.layer_bytes,
             keys_values_s=0.0,
@@ -121,6 +120,7 @@ class Device:
             absorb_token_s=share * (formed_s + keys_values_s / 2) + reads_s,
             head_s=self.head_s + weights.head_bytes / self.weights_bytes_per_s,
             dispatch_s=self.dispatch_s,
+            layer_dispatch_s=self.dispatch_s,
             issue_s=self.issue_s,
             compile_s=self.compile_s,
         )

@@ -1,9 +1,11 @@
 """Bandwidth between pinned host memory and the device, by size of the copy."""
 
+import collections
 import itertools
 import math
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,10 +18,11 @@ Way = Literal["to_device", "to_host", "both"]
 MIB = 2**20
 SIZES = (MIB // 16, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
 TRIALS = 15
-# Copies issued together, few and many: what the others add to the first ones is free of the cost of beginning. Fewer to
-# the host, since XLA keeps the memory that it pins for them.
-COPIES: dict[Way, tuple[int, int]] = {"to_device": (2, 16), "to_host": (2, 8), "both": (2, 8)}
-LARGE, LARGE_COPIES = 256 * MIB, 16  # what shows all of a GPU's bandwidth
+UNDER_WAY = 4  # copies at once, about as many as an engine's window has: a link is slower where all are issued at once
+# Copies in a row, few and many: what the others add to the first ones is free of the cost of beginning.
+COPIES: dict[Way, tuple[int, int]] = {"to_device": (4, 20), "to_host": (4, 12), "both": (4, 12)}
+ISSUED = 16  # copies issued by one call, as for a group of small layers
+LARGE = 256 * MIB  # what shows all of a GPU's bandwidth
 
 
 def sizes(way: Way) -> tuple[int, ...]:
@@ -37,20 +40,29 @@ def copy_s(way: Way, size: int) -> float:
 
 
 def copies_s(way: Way, size: int, copies: int) -> float:
-    """Seconds of so many copies of `size` bytes, issued together; with "both", so many each way.
+    """Seconds of so many copies of `size` bytes in a row, or with "both" so many each way, `UNDER_WAY` of them at once.
 
     The least of `TRIALS`: what else the machine does only makes them longer.
     """
     here = _segment(size)
     moves = [] if way == "to_host" else [(memory.fetched, memory.to_host(here))]
     moves += [] if way == "to_device" else [(memory.to_host, here)]
-    return min(trials_s(lambda: [move(source).x for _ in range(copies) for move, source in moves], TRIALS))
+
+    def in_a_row() -> list[list[jax.Array]]:
+        under_way: collections.deque[list[jax.Array]] = collections.deque()
+        for _ in range(copies):
+            if len(under_way) == UNDER_WAY:
+                jax.block_until_ready(under_way.popleft())
+            under_way.append([move(source).x for move, source in moves])
+        return [*under_way]
+
+    return min(trials_s(in_a_row, TRIALS))
 
 
 def issue_s() -> float:
-    """Seconds that the host needs to issue a copy to the device."""
-    there, copies = memory.to_host(_segment(SIZES[0])), COPIES["to_device"][1]
-    return issued_s(lambda: [memory.fetched(there).x for _ in range(copies)]) / copies
+    """Seconds that the host needs for each of the copies to the device that one call issues."""
+    there = [memory.to_host(_segment(SIZES[1])) for _ in range(ISSUED)]
+    return issued_s(lambda: [segment.x for segment in memory.fetched(there)]) / ISSUED
 
 
 def _segment(size: int) -> Activations:
@@ -62,7 +74,7 @@ def _segment(size: int) -> Activations:
 def gb_per_s() -> float:
     """1e9 bytes a second from pinned host memory to the device, of many large copies."""
     size = SIZES[-1] if memory.device_memory_is_host_memory() else LARGE
-    return LARGE_COPIES * size / copies_s("to_device", size, LARGE_COPIES) / 1e9
+    return size / copy_s("to_device", size) / 1e9
 
 
 def between(times: list[tuple[int, float]], nbytes: int) -> float:

@@ -40,7 +40,7 @@ def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], plan: Plan) -> t
     held, logits = decoder.prefill(prompts, plan)
     layers, room = [], [(0, 0), (0, plan.tail_tokens), (0, 0), (0, 0)]
     for index in range(len(held.layers)):
-        (segment,) = held.on_device(index)
+        (segment,) = held.layers[index]
         layers.append((jnp.pad(segment.keys, room), jnp.pad(segment.values, room)))
         held.layers[index] = ()  # so that no more than one layer is there twice
     return memory.placed(Cache(layers, jnp.array([held.length], jnp.int32))), logits

@@ -29,7 +29,7 @@ from kvpr_jax.profiling.timing import issued_s, median_s, trials_s
 from kvpr_jax.sampling import Sampling, prompt_keys
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
-VERSION = 5  # of the file's meaning
+VERSION = 6  # of the file's meaning
 PROBE_TOKENS, PROBE_TOKENS_ON_CPU = 16384, 1024  # over the batch: tokens in the segment whose cost is measured
 FEWER = 8  # times as few in a shorter one, which tells what a segment costs however short
 PROBE_TAIL = 16  # slots in the tail of the steps measured: it costs as much as another segment
@@ -46,13 +46,13 @@ class Profile:
         machine: everything that would make the profile stale if it changed.
         to_device, to_host: (bytes, seconds) of copies by size.
         both: the same of one copy each way, where copies cross in both directions at once.
-        in_step_copy_s: of a copy that is part of a compiled layer step, however small.
         base_s: one layer step whose cache is a short tail: projections, norms, MLP, and attention at its least.
         mlp_s: the MLP's part of it.
         keys_values_s, project_s, absorb_s: what a segment of the cache adds to it in each form, however short.
         keys_values_token_s, project_token_s, absorb_token_s: and what each of its tokens adds.
         head_s: embedding, logits and sampling of a step.
-        dispatch_s, issue_s: what the host needs to issue one layer step, and one copy.
+        dispatch_s, layer_dispatch_s: what the host needs to issue a layer step, and each further layer in one call.
+        issue_s: what it needs to issue one of several copies.
         compile_s: tracing and compiling one layer step.
     """
 
@@ -60,7 +60,6 @@ class Profile:
     to_device: list[tuple[int, float]]
     to_host: list[tuple[int, float]]
     both: list[tuple[int, float]]
-    in_step_copy_s: float
     base_s: float
     mlp_s: float
     keys_values_s: float
@@ -71,12 +70,13 @@ class Profile:
     absorb_token_s: float
     head_s: float
     dispatch_s: float
+    layer_dispatch_s: float
     issue_s: float
     compile_s: float
 
-    def copy_s(self, nbytes: int, in_step: bool = False) -> float:
-        """Seconds that one host-to-device copy adds to others under way, issued by itself or in a layer step."""
-        return max(link.between(self.to_device, nbytes), self.in_step_copy_s if in_step else 0.0)
+    def copy_s(self, nbytes: int) -> float:
+        """Seconds that one host-to-device copy adds to others under way."""
+        return link.between(self.to_device, nbytes)
 
     def layer_s(self, recompute: Recompute, activations: int, keys_values: int) -> float:
         """Seconds of one layer step over so many tokens in each form, a segment each."""
@@ -178,15 +178,15 @@ def measure(
         segment, recompute = forms[form]
         return lambda: _run_s(_calls(one, batch, (memory.placed(segment[:count]),), recompute))
 
-    empty = _calls(one, batch, ())
+    empty, two = (_calls(one, batch, (), layers=count) for count in (1, 2))
     measurements: dict[Any, Callable[[], Any]] = {
         "empty": lambda: _run_s(empty),
         **{(form, tokens): over(form, tokens) for form in forms},
         "dispatch": lambda: _dispatch_s(empty, measured["empty"][1]),
+        "dispatch of two": lambda: _dispatch_s(two, 2 * measured["empty"][1]),
         "mlp": functools.partial(_mlp_s, one, batch),
         "head": functools.partial(_head_s, one, batch),
         "issue": link.issue_s,
-        "in step": lambda: _in_step_copy_s(one, batch, (activations[:PROBE_TAIL], keys_values[:PROBE_TAIL])),
     }
     copies: dict[link.Way, dict[Any, Callable[[], float]]] = {
         way: {(way, size): functools.partial(link.copy_s, way, size) for size in link.sizes(way)}
@@ -204,6 +204,7 @@ def measure(
             progress(done, len(measurements))
 
     compile_s, base_s = measured["empty"]
+    dispatch_s = min(measured["dispatch"], base_s)
 
     def segment_s(form: str) -> tuple[float, float]:
         """Of a segment, and of each of its tokens: the line through both lengths, neither ever negative."""
@@ -223,13 +224,13 @@ def measure(
         to_device=by_size("to_device"),
         to_host=by_size("to_host"),
         both=by_size("both"),
-        in_step_copy_s=measured["in step"],
         base_s=base_s,
         mlp_s=min(measured["mlp"], base_s),
         **{f"{form}_s": begin_s for form, (begin_s, _) in fitted.items()},
         **{f"{form}_token_s": token_s for form, (_, token_s) in fitted.items()},
         head_s=measured["head"],
-        dispatch_s=min(measured["dispatch"], base_s),
+        dispatch_s=dispatch_s,
+        layer_dispatch_s=min(max(0.0, measured["dispatch of two"] - dispatch_s), dispatch_s),
         issue_s=measured["issue"],
         compile_s=compile_s,
     )
@@ -248,28 +249,26 @@ def _some(model: Model) -> Model:
 
 
 def _calls(
-    model: Model,
-    batch: int,
-    segments: tuple[Segment, ...],
-    recompute: Recompute = "project",
-    ahead: tuple[Segment, ...] = (),
+    model: Model, batch: int, segments: tuple[Segment, ...], recompute: Recompute = "project", layers: int = 1
 ) -> Callable[[int], jax.Array]:
-    """A function that issues so many steps of one layer over these segments, one after the other, each of which copies
-    those of `ahead` to the device."""
+    """A function that issues so many steps of one layer over these segments, one after the other, or so many calls of
+    several such layers."""
     config, dtype = model.config, model.dtype
     shape = (batch, PROBE_TAIL, config.num_kv_heads, config.head_dim)
     slots = 2**20 + jnp.arange(PROBE_TAIL, dtype=jnp.int32)
     place = memory.placed(Place(slots[:1], None))
     h = memory.placed(jnp.ones((batch, 1, config.hidden_size), dtype))
-    tail: Segment = memory.placed(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots))
+    tails: tuple[Segment, ...] = tuple(
+        memory.placed(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots.copy())) for _ in range(layers)
+    )
     definition, params = steps.split_module(model.layers[0])
 
     def calls(count: int) -> jax.Array:
-        nonlocal tail
+        nonlocal tails
         out = h
         for _ in range(count):
-            out, (tail,), _ = steps.decode_layers(
-                definition, (params,), out, (segments,), (tail,), place, ahead, recompute=recompute
+            out, tails = steps.decode_layers(
+                definition, (params,) * layers, out, (segments,) * layers, tails, place, recompute=recompute
             )
         return out
 
@@ -286,20 +285,10 @@ def _run_s(calls: Callable[[int], Any]) -> tuple[float, float]:
 
 
 def _dispatch_s(calls: Callable[[int], Any], run_s: float) -> float:
-    """Seconds that the host needs to issue one layer step, which takes `run_s` on the device."""
+    """Seconds that the host needs to issue a call which takes `run_s` on the device."""
     count, trials = (CALLS, 5) if CALLS * run_s < LONG_S else (1, 1)
+    jax.block_until_ready(calls(1))  # compiled
     return issued_s(lambda: calls(count), trials) / count
-
-
-def _in_step_copy_s(model: Model, batch: int, segments: tuple[Segment, ...]) -> float:
-    """Seconds of a copy in a layer step over these segments, which copies as many: a step's, shared out to its copies.
-
-    A step that computes for longer than its copies take is no measure of them, and is not bound by them either.
-    """
-    here = memory.placed(segments)
-    there = tuple(map(memory.to_host, here))
-    copies = len(jax.tree.leaves(there)) - len(there)  # all arrays but the slots
-    return _run_s(_calls(model, batch, here, ahead=there))[1] / copies
 
 
 def _mlp_s(model: Model, batch: int) -> float:

@@ -60,7 +60,7 @@ def leave(cache: Cache, resident: Sequence[int]) -> None:
         host = (memory.to_host(segment[:count]),) if count else ()
         cache.layers[layer] = jax.block_until_ready((*host, *((segment[count:],) if resident[layer] else ())))
     cache.bytes_per_step = sum(map(memory.host_bytes, cache.layers))
-    cache.engine = engines.Overlapped(engines.window(max(map(memory.host_bytes, cache.layers))))
+    cache.engine = engines.engine_for("overlapped", len(sent), max(map(memory.host_bytes, cache.layers)))
 
 
 def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, resident: Sequence[int]) -> dict[str, Any]:

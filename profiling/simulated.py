@@ -86,14 +86,13 @@ The figures of the H200 invert the formulas for the profile in each report of th
 
 {inverted}
 
+- A rate of "inf": a token's time was less than the noise, as in a batch of one.
 - Reading weights: the time of a layer with next to no cache is a line through the bytes of a layer of all reports.
 - The link: large copies, which the benchmark measures beside the steps. In a step, copies are issued ahead and queue
-  one behind the other, so that one costs no more than its bytes. Issuing a copy: what the smallest one takes beyond its
-  bytes.
+  one behind the other, so that one costs no more than its bytes.
 - The head: the median of what the measured time has left once the head's weights are read.
-- Issuing a layer's step: these profiles do not tell it. It is the least time of a layer in any measured step with the
-  cache on the host, since no step is faster than the host issues it: an upper bound, which matters only where model,
-  batch or prompt are small.
+- Issuing a layer's step: the least time of a layer in any measured step, less its copies, since no step is faster than
+  the host issues it: an upper bound, which matters only where model, batch or prompt are small.
 - Absorbed activations spread most, and are slowest in small batches. Where the link is slow beside the device's memory,
   as on the H200, this hides behind the copies; the lowest of these shares, on an L4, would not.
 
@@ -168,8 +167,7 @@ def page(argv: Sequence[str], setting: str, gained: str) -> str:
     for each in reports:
         found = h200.profile(each.config, each.dtype, each.batch)
         profiles.append({"report": each.name} | {
-            heading: f"{each.profile[name] * 1e6:.3g}, {getattr(found, name) / each.profile[name] - 1:+.0%}"
-            for name, heading in MEASURED.items()
+            heading: _beside(each.profile[name], getattr(found, name)) for name, heading in MEASURED.items()
         })  # fmt: skip
         for result in each.results:
             plan, measured_s, predicted_s = result["plan"], each.step_s(result), each.predicted_s(result, h200)
@@ -198,6 +196,11 @@ def page(argv: Sequence[str], setting: str, gained: str) -> str:
         median=f"{statistics.median(errors):.1%}",
         most=f"{max(errors):.1%}",
     )
+
+
+def _beside(measured_s: float, found_s: float) -> str:
+    """A measured time in µs, and the error of what was found; 0 is less than the noise, and has none."""
+    return f"{measured_s * 1e6:.3g}" + (f", {found_s / measured_s - 1:+.0%}" if measured_s else "")
 
 
 def _figures(values: Mapping[str, Any]) -> dict[str, str]:

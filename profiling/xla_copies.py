@@ -1,17 +1,18 @@
 """The XLA side of the overlap study: the same decode step in each form that XLA's asynchronous copies can take.
 
-    device_put          copies issued one by one, then the layer's step: `engines.Overlapped`, for large layers
-    in the layer step   the next layer's copies within the layer's step: `engines.InStep`, for small ones
+    device_put          copies issued by themselves, then the layers' step: `engines.Overlapped`, kvpr_jax's own
+    in the layer step   the next layer's copies within the layer's step
     in one step         all layers and their copies in one compiled function, which is compiled for each model and shape
 
 Run by `profiling/overlap.py`, in a process without PyTorch.
 """
 
+import collections
 import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,23 +50,41 @@ class Host:
     segments: list[tuple[Segment, ...]]
     issuing: Stopwatch
 
-    def fetch(self, layer: int) -> tuple[Segment, ...]:
+    def fetch(self, layers: Sequence[int]) -> list[tuple[Segment, ...]]:
         with self.issuing:
-            return tuple(map(memory.fetched, self.segments[layer]))
-
-    def on_host(self, layer: int) -> tuple[Segment, ...]:
-        return self.segments[layer]
-
-    def on_device(self, layer: int) -> tuple[Segment, ...]:
-        return ()
+            return memory.fetched([self.segments[layer] for layer in layers])
 
 
 @jax.jit
-def touched(h: Array, segments: tuple[Segment, ...], ahead: tuple[Segment, ...]) -> tuple[Array, tuple[Segment, ...]]:
-    """In the place of a layer's compute: next to nothing, but it reads what was copied; `ahead` comes to the device."""
+def touched(h: Array, segments: Any) -> Array:
+    """In the place of layers' compute: next to nothing, but it reads what was copied."""
     for leaf in jax.tree.leaves(segments):
         h = h + 0 * leaf.ravel()[-1].astype(h.dtype)
-    return h, memory.arriving(ahead)
+    return h
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "recompute"), donate_argnames=("tail",))
+def layer_step(
+    definition: steps.Definition,
+    params: steps.Params,
+    h: Array,
+    segments: tuple[Segment, ...],
+    tail: Segment,
+    place: Place,
+    ahead: tuple[Segment, ...],
+    *,
+    recompute: Recompute | None,
+) -> tuple[Array, Segment, tuple[Segment, ...]]:
+    """A layer, and the segments `ahead`, another layer's, on the device.
+
+    Args:
+        recompute: None: copies alone.
+    """
+    fetched = memory.arriving(ahead)
+    if recompute is None:
+        return touched(h, segments), tail, fetched
+    h, (tail,) = steps.decode_layers(definition, (params,), h, (segments,), (tail,), place, recompute=recompute)
+    return h, tail, fetched
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "recompute"), donate_argnames=("tails",))
@@ -91,10 +110,10 @@ def whole_step(
             following, h = jax.lax.optimization_barrier((layers[index + 1], h))
             ahead = memory.arriving(following)
         if recompute is None:
-            h, _ = touched(h, segments, ())
+            h = touched(h, segments)
         else:
-            h, (tail,), _ = steps.decode_layers(
-                definition, (of_layer,), h, (segments,), (tail,), place, (), recompute=recompute
+            h, (tail,) = steps.decode_layers(
+                definition, (of_layer,), h, (segments,), (tail,), place, recompute=recompute
             )
         written.append(tail)
     return h, tuple(written)
@@ -137,7 +156,7 @@ class Decoding:
         config = settings.shape(setting.model, setting.layers)
         self.decoder = Decoder(Model(config, dtype=dtype, rngs=nnx.Rngs(0)))
         self.recompute, self.count = setting.recompute, setting.layers
-        self.window = engines.window(setting.link_bytes // setting.layers)
+        self.layer_bytes = setting.link_bytes // setting.layers
         batch, streamed = setting.batch, setting.prompt - setting.split
 
         def random(*shape: int) -> Array:
@@ -162,29 +181,49 @@ class Decoding:
         self.tails: list[Segment] = [memory.placed(keys_values(setting.prompt, TAIL_TOKENS)) for _ in range(self.count)]
         self.place = memory.placed(Place(jnp.array([setting.prompt + TAIL_TOKENS // 2], jnp.int32), None))
         self.h = memory.placed(random(batch, 1, config.hidden_size))
+        self.ahead: tuple[Segment, ...] = ()  # the first layer's, brought by the last layer of the step before
 
-    def step(self, engine: engines.Overlapped | engines.InStep) -> Array:
-        """A step by one of the product's engines; `issuing` has the seconds that the host does not wait."""
+    def engine(self) -> engines.Sequential | engines.Overlapped:
+        """A new one, kvpr_jax's own."""
+        return engines.engine_for("overlapped", self.count, self.layer_bytes)
+
+    def step(self, engine: engines.Sequential | engines.Overlapped) -> Array:
+        """A step by the engine; `issuing` has the seconds that the host does not wait."""
         self.issuing.seconds = 0.0
         compute = self.decoder.compute(self.tails, self.place, self.recompute)
 
-        def timed(*arguments: Any) -> tuple[Array, tuple[Segment, ...]]:
+        def timed(*arguments: Any) -> Array:
             with self.issuing:
                 return compute(*arguments)
 
         return engine.step(self.count, self.host, timed, self.h, True)
 
-    def copies(self, engine: engines.Overlapped | engines.InStep) -> Array:
-        """The copies of a step by one of the product's engines."""
-        return engine.step(
-            self.count, self.host, lambda _, h, segments, ahead: touched(h, segments[0], ahead), self.h, True
-        )
+    def copies(self, engine: engines.Sequential | engines.Overlapped) -> Array:
+        """The copies of a step by the engine."""
+        return engine.step(self.count, self.host, lambda _, h, segments: touched(h, segments), self.h, True)
 
     def by_layer(self) -> Array:
         """Layer after layer, over segments that are on the device."""
         h, compute = self.h, self.decoder.compute(self.tails, self.place, self.recompute)
         for layer in range(self.count):
-            h, _ = compute((layer,), h, (self.on_device,), ())
+            h = compute((layer,), h, (self.on_device,))
+        return h
+
+    def in_layer_steps(self, recompute: Recompute | None) -> Array:
+        """Layer after layer, each with the copies of the next one, as many at once as `engines.WINDOW` allows;
+        `issuing` has the seconds that the host does not wait."""
+        self.issuing.seconds, h, running = 0.0, self.h, collections.deque[Array]()
+        if not self.ahead:
+            self.ahead = memory.fetched(self.host.segments[0])
+        for layer, params in enumerate(self.decoder.params):
+            if len(running) == engines.WINDOW - 1:
+                running.popleft().block_until_ready()
+            with self.issuing:
+                h, self.tails[layer], self.ahead = layer_step(
+                    self.decoder.layer, params, h, self.ahead, self.tails[layer], self.place,
+                    self.host.segments[(layer + 1) % self.count], recompute=recompute,
+                )  # fmt: skip
+            running.append(h)
         return h
 
     def whole(self, recompute: Recompute | None) -> Array:
@@ -199,25 +238,28 @@ class Decoding:
     def whole_alone(self) -> Array:
         """All layers in one compiled function, over segments that are on the device."""
         compute = self.decoder.compute(self.tails, self.place, self.recompute)
-        return compute(range(self.count), self.h, [self.on_device] * self.count, ())[0]
+        return compute(range(self.count), self.h, [self.on_device] * self.count)
 
 
 def measure(decoding: Decoding) -> list[Measured]:
     """Each variant's seconds for copies alone, compute alone and both, of the host's issuing, and one step's spans."""
+
+    def issuing() -> float:
+        return decoding.issuing.seconds
+
+    whole, in_layer_steps, recompute = decoding.whole, decoding.in_layer_steps, decoding.recompute
+    variants: list[tuple[str, Callable[[], Array], Callable[[], Array], Callable[[], Array], Any]] = [
+        ("XLA, device_put", functools.partial(decoding.copies, decoding.engine()), decoding.by_layer,
+         functools.partial(decoding.step, decoding.engine()), issuing),
+        ("XLA, in the layer step", lambda: in_layer_steps(None), decoding.by_layer,
+         lambda: in_layer_steps(recompute), issuing),
+        ("XLA, in one step", lambda: whole(None), decoding.whole_alone, lambda: whole(recompute), None),
+    ]  # fmt: skip
     results = []
-    for variant, engine in (("XLA, device_put", engines.Overlapped), ("XLA, in the layer step", engines.InStep)):
-        running = engine(decoding.window)
-        copy_s, _ = trials(lambda running=running: decoding.copies(running))
-        compute_s, _ = trials(decoding.by_layer)
-        running = engine(decoding.window)
-        both = functools.partial(decoding.step, running)
-        both_s, issue_s = trials(both, lambda: decoding.issuing.seconds)
+    for variant, copies, compute, both, issued in variants:
+        (copy_s, _), (compute_s, _) = trials(copies), trials(compute)
+        both_s, issue_s = trials(both, issued)
         results.append(Measured(variant, copy_s, compute_s, both_s, issue_s, traced(both)))
-    copy_s, _ = trials(lambda: decoding.whole(None))
-    compute_s, _ = trials(decoding.whole_alone)
-    both = functools.partial(decoding.whole, decoding.recompute)
-    both_s, issue_s = trials(both)
-    results.append(Measured("XLA, in one step", copy_s, compute_s, both_s, issue_s, traced(both)))
     return results
 
 

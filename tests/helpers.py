@@ -58,7 +58,6 @@ def profile(**changes: object) -> Profile:
         to_device=[(1, 1e-4 / 2**20), (2**20, 1e-4), (2**26, 6.4e-3)],
         to_host=[(2**20, 1e-4), (2**26, 6.4e-3)],
         both=[(2**20, 2e-4), (2**26, 1.28e-2)],
-        in_step_copy_s=0.0,
         base_s=1e-4,
         mlp_s=6e-5,
         keys_values_s=0.0,
@@ -69,21 +68,22 @@ def profile(**changes: object) -> Profile:
         absorb_token_s=2e-7,
         head_s=1e-3,
         dispatch_s=2e-5,
+        layer_dispatch_s=1e-5,
         issue_s=1e-5,
         compile_s=0.5,
     )
     return dataclasses.replace(given, **changes)
 
 
-def each_engine(monkeypatch, in_step: bool) -> Iterator[str]:
+def each_engine(monkeypatch, grouped: bool) -> Iterator[str]:
     """What to request for each engine of a cache on the host, of those that share a compiled step.
 
     Args:
-        in_step: the one whose copies are within the step, or those whose copies are issued by themselves.
+        grouped: the one that computes small layers together, or those that go layer by layer.
     """
-    monkeypatch.setattr(engines, "SMALL_BYTES", 2**60 if in_step else 0)
+    monkeypatch.setattr(engines, "GROUP", 8 if grouped else 1)
     yield "overlapped"
-    if not in_step:
+    if not grouped:
         yield "sequential"
 
 

@@ -224,9 +224,9 @@ def test_every_arrangement_decodes_the_same_and_moves_the_same_bytes():
     for stay in residency.arrangements(4, 10, 50).values():
         cache, _ = decoder.prefill(prompts, decoder.plan(prompts, 4, Request(offload="none")))
         residency.leave(cache, stay)
-        on_device = [sum(s.tokens for s in cache.on_device(layer)) for layer in range(4)]
+        on_device = [sum(s.tokens for s in segments if not memory.on_host(s)) for segments in cache.layers]
         assert on_device == stay and isinstance(cache.engine, engines.Overlapped)
-        assert cache.bytes_per_step == sum(s.nbytes for layer in range(4) for s in cache.on_host(layer))
+        assert cache.bytes_per_step == sum(map(memory.host_bytes, cache.layers))
         assert cache.bytes_per_step == 4 * 2 * 5 * config.kv_width * 4
         for index in range(3):
             helpers.assert_close(decoder.step(cache, jnp.asarray(tokens[:, index])), expected[index + 1])

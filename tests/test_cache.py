@@ -126,12 +126,13 @@ def test_segments_grow_with_the_logarithm_of_the_tokens_and_lose_none(split):
 def test_a_link_that_stays_slow_is_told_once_and_later_tails_are_smaller():
     """Keys and values at first, since projecting is dear here. Behind the next tail, which may be compiled for already,
     what was measured says otherwise."""
-    dear = profile(base_s=0.0, keys_values_token_s=1e-9, project_token_s=1e-3, dispatch_s=0.0, issue_s=0.0)
+    host = {"head_s": 0.0, "dispatch_s": 0.0, "layer_dispatch_s": 0.0, "issue_s": 0.0}
+    dear = profile(base_s=0.0, keys_values_token_s=1e-9, project_token_s=1e-3, **host)
     cache = new_cache(None, machine=dear)
     grow(cache, 2)
     assert cache.plan.split == 0 and cache.tokens()["activations"] == 0 and isinstance(cache.tails[0], KeysValues)
     link_s = CONFIG.num_layers * cache.plan.costs.link_s(0, PROMPT + 2 * TAIL)
-    assert cache.predicted_step_s == pytest.approx(link_s + dear.head_s)
+    assert cache.predicted_step_s == pytest.approx(link_s)
     slow_s = cache.predicted_step_s + 2 * CONFIG.num_layers
     for _ in range(3 * STEPS):
         cache.observe(slow_s)
@@ -168,21 +169,22 @@ def test_nothing_is_said_where_nothing_can_be_revised(split, offload):
     assert cache.miss is None
 
 
-def test_bytes_are_those_of_the_segments_on_the_host():
-    cache = new_cache(3)
+def test_bytes_are_those_of_the_segments_on_the_host(monkeypatch):
+    cache, put, calls = new_cache(3), jax.device_put, []
+    monkeypatch.setattr(jax, "device_put", lambda *given: calls.append(given) or put(*given))
     expected = CONFIG.num_layers * BATCH * (3 * 44 + 5 * 88) * 4
     assert cache.bytes_per_step == expected
-    for layer in range(CONFIG.num_layers):
-        fetched = cache.fetch(layer)
-        assert not any(memory.on_host(segment) for segment in fetched)
-        for there, here in zip(cache.layers[layer], fetched, strict=True):
-            for host, device in zip(jax.tree.leaves(there), jax.tree.leaves(here), strict=True):
-                np.testing.assert_array_equal(host, device)
+    for layers in ([1], [0, 1]):
+        fetched, there = cache.fetch(layers), [cache.layers[layer] for layer in layers]
+        assert not any(memory.on_host(segment) for segments in fetched for segment in segments)
+        for host, device in zip(jax.tree.leaves(there), jax.tree.leaves(fetched), strict=True):
+            np.testing.assert_array_equal(host, device)
+    assert len(calls) == 2  # one for all the layers together
 
 
 def test_a_cache_that_is_not_offloaded_stays_on_the_device():
     cache = new_cache(0, offload="none")
     grow(cache, MERGE + 1)
     assert not any(memory.on_host(segment) for layer in cache.layers for segment in layer)
-    cache.fetch(0)
+    assert cache.fetch([0, 1]) == cache.layers  # the same objects
     assert cache.bytes_per_step == 0

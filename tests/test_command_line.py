@@ -198,7 +198,14 @@ def test_a_plan_for_a_device_that_is_not_here(run, directory, monkeypatch, tmp_p
 
 
 def test_steps_that_stay_slower_than_predicted_are_told_once(run, monkeypatch):
-    fast = profile(base_s=1e-7, head_s=0.0, to_device=[(2**20, 1e-7), (2**26, 1e-6)], dispatch_s=0.0, issue_s=0.0)
+    fast = profile(
+        base_s=1e-7,
+        head_s=0.0,
+        to_device=[(2**20, 1e-7), (2**26, 1e-6)],
+        dispatch_s=0.0,
+        layer_dispatch_s=0.0,
+        issue_s=0.0,
+    )
     monkeypatch.setattr(profiles, "load_or_measure", lambda *_: fast)
     monkeypatch.setattr(pace, "STEPS", 3)
     monkeypatch.setattr(pace, "SLOW_S", 0.0)

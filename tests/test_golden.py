@@ -98,7 +98,7 @@ def test_float32_equals_transformers(name, split, recompute, tail, monkeypatch):
     golden = read(name)
     decoder = Decoder(checkpoint.load_model(golden.directory, "float32"))
     new_tokens = golden.tokens.shape[1]
-    for engine in each_engine(monkeypatch, in_step=GRID.index((name, split, recompute, tail)) % 2 == 0):
+    for engine in each_engine(monkeypatch, grouped=GRID.index((name, split, recompute, tail)) % 2 == 0):
         request = Request(split=str(split), recompute=recompute, engine=engine, tail_tokens=tail)
         tokens, logits, cache, plan = greedy(decoder, golden.prompts, new_tokens, request)
         np.testing.assert_array_equal(tokens, golden.tokens)
@@ -141,7 +141,7 @@ def test_the_bundled_model_equals_transformers(split, recompute, monkeypatch):
     tokenizer = checkpoint.load_tokenizer(checkpoint.BUNDLED)
     assert [tokenizer(text)["input_ids"] for text in golden.more["texts"].tolist()] == golden.prompts
     decoder = Decoder(checkpoint.load_model(checkpoint.BUNDLED, "float32"))
-    for engine in each_engine(monkeypatch, in_step=split == "50%"):
+    for engine in each_engine(monkeypatch, grouped=split == "50%"):
         request = Request(split=split, recompute=recompute, engine=engine, tail_tokens=7)
         tokens, logits, _, _ = greedy(decoder, golden.prompts, golden.tokens.shape[1], request)
         np.testing.assert_array_equal(tokens, golden.tokens)

@@ -84,7 +84,7 @@ def test_greedy_text_equals_transformers(reference, name, split, recompute, tail
     assert costs.buckets(PROMPT) == [0, EDGE, PROMPT]
     expected = reference(name)
     decoder = Decoder(expected.model)
-    for engine in itertools.chain(each_engine(monkeypatch, in_step=True), each_engine(monkeypatch, in_step=False)):
+    for engine in itertools.chain(each_engine(monkeypatch, grouped=True), each_engine(monkeypatch, grouped=False)):
         request = Request(split=str(split), recompute=recompute, engine=engine, tail_tokens=tail)
         tokens, logits, cache, plan = greedy(decoder, expected.prompts, make_golden.NEW_TOKENS, request)
         np.testing.assert_array_equal(tokens, expected.tokens)

@@ -40,7 +40,7 @@ def test_pytorch_computes_the_same_layer(split, recompute):
     held += [KeysValues(*map(jnp.asarray, kv), slots[split:CACHED])] if split < CACHED else []
     tails = [memory.placed(KeysValues(*map(jnp.asarray, tail), slots[CACHED:]))]
     place = Place(slots[CACHED + WRITTEN :][:1], None)
-    ours, _ = decoder.compute(tails, place, recompute)((0,), jnp.asarray(h), [tuple(held)], ())
+    ours = decoder.compute(tails, place, recompute)((0,), jnp.asarray(h), [tuple(held)])
 
     def both(module, weight):  # PyTorch's weights are (out, in)
         return torch.from_numpy(np.array(module[weight]).T.copy()), torch.from_numpy(np.array(module["bias"]))
@@ -149,14 +149,14 @@ def test_xla_measures_each_of_its_forms(monkeypatch):
 
 
 def test_the_forms_of_xla_compute_the_same():
-    from kvpr_jax import engines
     from kvpr_jax.profiling import xla_copies
 
     decoding = xla_copies.Decoding(overlap.Setting("opt-125m", 3, 768, 12, 3072, 2, 8, 4, "absorb", "float32"))
     reference = np.asarray(decoding.by_layer())
     for got in (
-        decoding.step(engines.Overlapped()), decoding.step(engines.InStep()), decoding.whole("absorb"),
+        decoding.step(decoding.engine()), decoding.in_layer_steps("absorb"), decoding.whole("absorb"),
         decoding.whole_alone(),
     ):  # fmt: skip
         assert_close(np.asarray(got), reference)
-    np.testing.assert_array_equal(np.asarray(decoding.whole(None)), np.asarray(decoding.h))
+    for copies in (decoding.copies(decoding.engine()), decoding.in_layer_steps(None), decoding.whole(None)):
+        np.testing.assert_array_equal(np.asarray(copies), np.asarray(decoding.h))

@@ -83,7 +83,8 @@ def test_a_growing_cache_fills_the_device_and_spills_the_rest(config):
     assert held["activations"] + held["keys_values"] == 4 * 2
     assert (held["activations"], held["keys_values"]) == (plan.at_the_end().activations, plan.at_the_end().keys_values)
     assert plan.host_bytes == cache.bytes_per_step
-    assert [s.tokens for s in cache.on_device(0)] == [7, 2 * 4, 2] and [s.tokens for s in cache.on_host(0)] == [2 * 4]
+    on_device, on_host = ([s.tokens for s in cache.layers[0] if memory.on_host(s) == host] for host in (False, True))
+    assert on_device == [7, 2 * 4, 2] and on_host == [2 * 4]
     # Nine steps up to the fifth flush and two in the sixth tail read nothing; then 2, 4, 6 and 8 tokens cross.
     numbers = config.activation_width if held["activations"] else config.kv_width
     assert cache.fetched_bytes == 2 * numbers * 4 * config.num_layers * (2 * 2 + 2 * 4 + 2 * 6 + 2 * 8)
@@ -114,23 +115,19 @@ class Link:
     """Segments whose copies are never done until somebody waits for a layer behind them."""
 
     def __init__(self, layers):
-        self.layers, self.issued, self.held, self.most = layers, 0, [], 0
+        self.layers, self.issued, self.held, self.most, self.calls = layers, 0, [], 0, []
 
-    def fetch(self, layer):
-        assert layer == self.issued % self.layers
-        self.issued += 1
-        self.held.append(self.issued)
+    def fetch(self, layers):
+        assert layers[0] == self.issued % self.layers
+        first, self.issued = self.issued + 1, self.issued + len(layers)
+        self.held += range(first, self.issued + 1)
         self.most = max(self.most, len(self.held))
-        return (self.issued,)
+        return [(segment,) for segment in range(first, self.issued + 1)]
 
-    def on_host(self, layer):
-        return (layer,)
-
-    def on_device(self, layer):
-        return ()
-
-    def compute(self, layers, h, segments, ahead):
-        return Output(self, segments[0][0]), self.fetch(*ahead) if ahead else ()
+    def compute(self, layers, h, segments):
+        assert [segment % self.layers for (segment,) in segments] == [(layer + 1) % self.layers for layer in layers]
+        self.calls.append(list(layers))
+        return Output(self, segments[-1][0])
 
 
 class Output:
@@ -142,67 +139,40 @@ class Output:
             self.link.held.pop(0)
 
 
-@pytest.mark.parametrize("layers", [1, 2, 5])
+@pytest.mark.parametrize("layers, group", [(1, 1), (2, 1), (5, 1), (2, 2), (12, 3)])
 @pytest.mark.parametrize("flush_every", [1, 2, 100])
 @pytest.mark.parametrize("window", [3, 4, 9])
-def test_the_window_holds_over_the_ends_of_steps(flush_every, layers, window):
-    link, engine = Link(layers), engines.Overlapped(window)
+def test_the_window_holds_over_the_ends_of_steps(flush_every, layers, group, window):
+    link, engine = Link(layers), engines.Overlapped(group, window)
     step_unchecked = engines.Overlapped.step.__wrapped__  # without the check that hidden states are arrays
     for step in range(6):
         step_unchecked(engine, layers, link, link.compute, None, (step + 1) % flush_every != 0)
-    ahead = min(layers, window - 1) * (flush_every == 100)
-    assert link.issued == layers * 6 + ahead
-    assert max(engines.WINDOW, min(window, layers)) <= link.most <= window
+    groups = layers // group
+    ahead = min(groups, window - 1) * (flush_every == 100)
+    assert link.issued == (groups * 6 + ahead) * group
+    assert max(engines.WINDOW, min(window, groups)) * group <= link.most <= window * group
+    assert link.calls == 6 * [[*range(first, first + group)] for first in range(0, layers, group)]
 
 
-@pytest.mark.parametrize("layers", [1, 2, 5])
-@pytest.mark.parametrize("window", [3, 4, 9])
-def test_copies_within_the_steps_keep_to_the_window(layers, window):
-    link, engine = Link(layers), engines.InStep(window)
-    for _ in range(6):
-        engines.InStep.step.__wrapped__(engine, layers, link, link.compute, None, True)
-    assert link.issued == layers * 6 + 1
-    assert link.most == min(window, layers * 6 + 1)
-    engines.InStep.step.__wrapped__(engine, layers, link, link.compute, None, False)
-    assert engine.ahead == () and link.issued == layers * 7 + 1
-
-
-@pytest.mark.parametrize("layers, groups", [(1, 1), (7, 1), (12, 2), (13, 13), (32, 4)])
-def test_layers_on_the_device_go_in_groups(layers, groups):
-    seen = []
-    link = Link(layers)
-    link.on_device = lambda layer: (layer,)
-
-    def compute(group, h, segments, ahead):
-        seen.append((list(group), [segment for (segment,) in segments], ahead))
-        return h, ()
-
-    engines.Resident.step.__wrapped__(engines.Resident(), layers, link, compute, None, True)
-    assert [layer for group, _, _ in seen for layer in group] == list(range(layers)) and len(seen) == groups
-    assert all(group == segments and ahead == () for group, segments, ahead in seen)
-
-
-@pytest.mark.parametrize("asked, layer_bytes, engine", [
-    ("overlapped", 0, engines.Resident),
-    ("overlapped", engines.SMALL_BYTES - 1, engines.InStep),
-    ("overlapped", engines.SMALL_BYTES, engines.Overlapped),
-    ("sequential", engines.SMALL_BYTES, engines.Sequential),
+@pytest.mark.parametrize("layers, mib, group, window", [
+    (32, 0, 8, 8), (32, 0.5, 8, 8), (32, 8, 8, 6), (32, 16, 8, 3), (32, 32, 4, 3), (32, 64, 2, 3), (32, 65, 1, 5),
+    (32, 256, 1, 3), (1, 0, 1, 8), (7, 0, 7, 8), (12, 0, 6, 8), (12, 40, 3, 3), (13, 0, 1, 8), (13, 16, 1, 8),
 ])  # fmt: skip
-def test_an_engine_for_what_crosses(asked, layer_bytes, engine):
-    assert type(engines.engine_for(asked, layer_bytes)) is engine
-
-
-def test_small_layers_get_a_wider_window():
-    mib = 2**20
-    assert [engines.window(n * mib) for n in (0, 1, 8, 16, 32, 64, 65, 100, 512)] == [32, 32, 32, 16, 8, 4, 3, 3, 3]
-    assert engines.engine_for("overlapped", 32 * mib).window == 8
-    assert engines.engine_for("overlapped", 10 * mib).window == 25
+def test_small_layers_go_in_groups_and_small_groups_get_a_wider_window(layers, mib, group, window):
+    layer_bytes = int(mib * 2**20)
+    assert (engines.group(layers, layer_bytes), engines.window(layers, layer_bytes)) == (group, window)
+    engine = engines.engine_for("overlapped", layers, layer_bytes)
+    assert (type(engine), engine.group, engine.window) == (engines.Overlapped, group, window)
+    engine = engines.engine_for("sequential", layers, layer_bytes)
+    assert (type(engine), engine.group) == (engines.Sequential, 1)
 
 
 def test_the_most_that_a_window_takes_holds_for_all_smaller_layers_too():
     mib, most = 2**20, 0
     for layer_bytes in [*range(mib // 4, 300 * mib, mib // 4)]:
-        most = max(most, engines.window(layer_bytes) * layer_bytes)
+        for layers in (1, 7, 12, 13, 32):
+            held = engines.window(layers, layer_bytes) * engines.group(layers, layer_bytes) * layer_bytes
+            most = max(most, held)
         assert most <= engines.window_bytes(layer_bytes) <= max(engines.WINDOW_BYTES, engines.WINDOW * layer_bytes)
 
 
@@ -225,7 +195,7 @@ def test_a_cache_that_is_dropped_is_freed_at_once():
 def test_engine_holds_no_more_than_its_window_on_the_device(engine, most, monkeypatch):
     """Counts live device arrays of the shape of a host segment at every compute of a step."""
     layers = 7
-    monkeypatch.setattr(engines, "SMALL_BYTES", 0)
+    monkeypatch.setattr(engines, "GROUP", 1)
     monkeypatch.setattr(engines, "WINDOW_BYTES", 0)
     config = OPT.__class__(**(vars(OPT) | {"num_layers": layers}))
     decoder = Decoder(random_model(config))
@@ -293,11 +263,11 @@ def test_a_decode_layers_is_traced_once_per_shape(config, module, monkeypatch):
     assert traces == ["prefill", "step"] * 2
 
 
-@pytest.mark.parametrize("small_bytes", [0, 2**60], ids=["overlapped", "in step"])
+@pytest.mark.parametrize("group", [1, 8])
 @pytest.mark.parametrize("split", ["0", "6", "13"])
-def test_only_the_first_step_compiles(split, small_bytes, monkeypatch, caplog):
+def test_only_the_first_step_compiles(split, group, monkeypatch, caplog):
     """What a flush makes necessary, merging included, is compiled in another thread before."""
-    monkeypatch.setattr(engines, "SMALL_BYTES", small_bytes)
+    monkeypatch.setattr(engines, "GROUP", group)
     decoder = Decoder(random_model(OPT))
     prompts = random_prompts((13, 7), OPT.vocab_size)
     plan = decoder.plan(prompts, 50, Request(split=split, tail_tokens=8))

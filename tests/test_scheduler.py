@@ -57,12 +57,12 @@ def costs_of(given, batch=32, config=OPT_6_7B, itemsize=2):
     absorb=st.floats(1e-9, 1e-4),
     dispatch=st.floats(1e-6, 1e-3),
     issue_copy=st.floats(1e-6, 1e-3),
-    in_step=st.floats(1e-6, 1e-3),
+    further=st.floats(1e-6, 1e-3),
     recompute=st.sampled_from(["auto", "project", "absorb"]),
     engine=st.sampled_from(["overlapped", "sequential"]),
 )
 def test_the_plan_is_the_best_of_those_that_fit(
-    batch, prompt, new, device_gib, host_gib, small, keys_values, project, absorb, dispatch, issue_copy, in_step,
+    batch, prompt, new, device_gib, host_gib, small, keys_values, project, absorb, dispatch, further, issue_copy,
     recompute, engine,
 ):  # fmt: skip
     """Against every split, with the cost model and the bytes of the design page written out again."""
@@ -70,7 +70,7 @@ def test_the_plan_is_the_best_of_those_that_fit(
     machine = profile(
         to_device=[(2**10, 5e-5), (small, 5e-5), (2**30, 2**30 / bandwidth)],
         keys_values_token_s=keys_values, project_token_s=project, absorb_token_s=absorb,
-        dispatch_s=dispatch, issue_s=issue_copy, in_step_copy_s=in_step,
+        dispatch_s=dispatch, layer_dispatch_s=further, issue_s=issue_copy,
     )  # fmt: skip
     request = Request(
         recompute=recompute, engine=engine, device_cache_gib=device_gib, host_cache_gib=host_gib, tail_tokens=64
@@ -84,12 +84,12 @@ def test_the_plan_is_the_best_of_those_that_fit(
         resident, form = prompt - tokens, project if way == "project" else absorb
         arrays = ([split * 4096] if split else []) + [(tokens - split) * 4096] * (2 if split < tokens else 0)
         compute = 1e-4 + split * form + (tokens - split + resident + tail) * keys_values  # the tail stays
-        small = batch * sum(arrays) * 2 < 16 * 2**20
-        link = sum(max(5e-5, batch * numbers * 2 / bandwidth, in_step if small else 0) for numbers in arrays)
-        issue = dispatch + (0 if small else len(arrays) * issue_copy)
+        link = sum(max(5e-5, batch * numbers * 2 / bandwidth) for numbers in arrays)
+        together = max(layers for layers in (1, 2, 4, 8) if layers == 1 or layers * batch * sum(arrays) * 2 <= 2**27)
+        issue = (dispatch + (together - 1) * further) / together + len(arrays) * issue_copy
         if engine == "sequential":
             return 32 * (link + compute) + 1e-3
-        return max(32 * link + (1e-3 if small else 0), 32 * compute + 1e-3, 32 * issue + 1e-3)
+        return max(32 * link, 32 * compute + 1e-3, 32 * issue + 1e-3)
 
     try:
         plan = make_plan(OPT_6_7B, float16, workload, request, machine, 4000 * GIB, 8000 * GIB)

@@ -74,13 +74,13 @@ def test_inverting_the_formulas_gives_the_device_back():
     for name in ("opt-6.7b", "opt-13b", "llama-2-7b", "phi-2"):
         config = released.release(name).config
         given = dataclasses.asdict(MADE_UP.profile(config, BFLOAT16, 4))
-        size, seconds = given["to_device"][0]
-        given["to_device"][0] = (size, seconds + MADE_UP.issue_s)
-        step_s = config.num_layers * MADE_UP.dispatch_s + given["head_s"]
-        result = {
-            "plan": {"offloaded": True, "host_bytes_per_step": 8}, "step_s": [step_s, 9.0, 9.0], "step_bytes": [8, 9, 9]
-        }  # fmt: skip
-        reports.append(Report(name, config, BFLOAT16, 4, MADE_UP.link_bytes_per_s, given, [result]))
+        results = []
+        for split, resident, copies in ((5, 0, 3), (8, 0, 1), (0, 8, 0)):  # only one of them is bound by the host
+            plan = {"split": split, "cached_tokens": 8, "resident_tokens": resident, "host_bytes_per_step": 8}
+            issued_s = MADE_UP.dispatch_s * (1 if split == 5 else 3) + copies * MADE_UP.issue_s
+            step_s = config.num_layers * issued_s + given["head_s"]
+            results.append({"plan": plan, "step_s": [step_s, 9.0, 9.0], "step_bytes": [8, 9, 9]})
+        reports.append(Report(name, config, BFLOAT16, 4, MADE_UP.link_bytes_per_s, given, results))
     found = derived.measured(reports)
     for field in dataclasses.fields(Device):
         if field.type is float:
@@ -116,16 +116,17 @@ def test_the_h200_reproduces_what_was_measured_on_it():
     errors, smallest, heads = [], [], []
     for report in reports:
         found = h200.profile(report.config, report.dtype, report.batch)
-        assert found.project_token_s == pytest.approx(report.profile["project_token_s"], rel=0.1)
+        noise = 0.15 if report.batch == 1 else 0.1  # one sequence's tokens take little beside a segment
+        assert found.project_token_s == pytest.approx(report.profile["project_token_s"], rel=noise)
         assert found.base_s == pytest.approx(report.profile["base_s"], rel=0.2)
         heads.append(found.head_s / report.profile["head_s"])
         for result in report.results:
             if result["plan"]["offloaded"]:
                 errors.append(abs(report.predicted_s(result, h200) / report.step_s(result) - 1))
                 smallest += errors[-1:] * (report.batch == 1 and result["plan"]["cached_tokens"] == 512)
-    assert statistics.median(abs(ratio - 1) for ratio in heads) < 0.25  # the host issues it: 0.3 to 0.8 ms
-    assert 0.5 < min(heads) < max(heads) < 2
-    assert len(errors) > 30 and statistics.median(errors) < 0.02
+    assert statistics.median(abs(ratio - 1) for ratio in heads) < 0.25  # the host issues it: 0.3 to 0.7 ms
+    assert 0.5 < min(heads) < max(heads) < 1.5
+    assert len(errors) > 30 and statistics.median(errors) < 0.015
     assert len(smallest) == 2 and max(smallest) < 0.13 and max(set(errors) - set(smallest)) < 0.05
     page = (device.DEVICES / "README.md").read_text()
     stated = re.search(r"error is (\S+)% in the median and (\S+)% at most", page)
