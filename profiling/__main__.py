@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from kvpr_jax import checkpoint, command_line, memory
 from kvpr_jax.command_line import FAILURE, Parser, Reporter, failing_with
-from kvpr_jax.profiling import link, profile, settings
+from kvpr_jax.profiling import link, nvidia, profile, settings
 from kvpr_jax.profiling.profile import Profile
 from kvpr_jax.profiling.report import table
 
@@ -22,8 +22,8 @@ def machine_rows() -> list[dict[str, str]]:
     """This machine as it is now."""
     lines = {
         "device": jax.local_devices()[0].device_kind,
-        "driver": profile.driver(),
-        "link": profile.pcie(),
+        "driver": nvidia.driver(),
+        "link": nvidia.pcie(),
         "cores": str(os.cpu_count()),
         "free device memory": f"{memory.free_device_bytes() / memory.GIB:.2f} GiB",
         "free pinned host memory": f"{memory.free_pinned_bytes() / memory.GIB:.2f} GiB",

@@ -25,7 +25,7 @@ from kvpr_jax import checkpoint
 from kvpr_jax.command_line import FAILURE, Failure, Parser, Reporter, failing_with, run
 from kvpr_jax.models import opt
 from kvpr_jax.plan import Request
-from kvpr_jax.profiling import plot, profile, report, settings, timeline
+from kvpr_jax.profiling import nvidia, plot, report, settings, timeline
 
 TAIL_TOKENS = 64  # on the device, half of them written
 WARM_UP, TRIALS = 2, 7
@@ -127,7 +127,7 @@ def require() -> None:
     """Raises Failure unless both frameworks can run here on a GPU."""
     if importlib.util.find_spec("torch") is None:
         raise Failure("the CUDA-stream side needs torch: pip install '.[torch]'", FAILURE)
-    if profile.driver() == "none":
+    if nvidia.driver() == "none":
         raise Failure("no NVIDIA GPU was found: there are no copies to overlap without one", FAILURE)
 
 

@@ -17,14 +17,13 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-import pynvml
 from flax import nnx
 
 from kvpr_jax import memory, steps
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.models import Model, abstract
 from kvpr_jax.models.attention import Recompute
-from kvpr_jax.profiling import link
+from kvpr_jax.profiling import link, nvidia
 from kvpr_jax.profiling.timing import issued_s, median_s, trials_s
 from kvpr_jax.sampling import Sampling, prompt_keys
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
@@ -95,7 +94,7 @@ def machine(config: ModelConfig, dtype: jnp.dtype, batch: int) -> dict[str, str]
     return {
         "version": str(VERSION),
         "device": jax.local_devices()[0].device_kind,
-        "driver": driver(),
+        "driver": nvidia.driver(),
         "host": platform.processor() or platform.machine(),
         "cores": str(os.cpu_count()),
         "jax": jax.__version__,
@@ -103,55 +102,6 @@ def machine(config: ModelConfig, dtype: jnp.dtype, batch: int) -> dict[str, str]
         "dtype": jnp.dtype(dtype).name,
         "batch": str(batch),
     }
-
-
-def driver() -> str:
-    """The NVIDIA driver and the most that the GPU's link can be, as pynvml names them, or "none"."""
-    version = _of_gpu(lambda _: pynvml.nvmlSystemGetDriverVersion())
-    return version if version == "none" else f"{version} PCIe {_of_gpu(lambda gpu: _link(*_pcie_at_most(gpu)))}"
-
-
-def pcie() -> str:
-    """The GPU's link now and at most, or "none", and a sentence if it has fallen to a lower width.
-
-    The generation falls while a GPU is idle and rises when it has work, which is no fault; the width does not.
-    """
-
-    def read(gpu: Any) -> str:
-        now = pynvml.nvmlDeviceGetCurrPcieLinkGeneration(gpu), pynvml.nvmlDeviceGetCurrPcieLinkWidth(gpu)
-        most = _pcie_at_most(gpu)
-        text = f"PCIe {_link(*now)} now, {_link(*most)} at most"
-        if now[1] < most[1]:
-            text += f". The link has fallen to {now[1]} of its {most[1]} lanes: copies are slower than they should be."
-        return text
-
-    return _of_gpu(read)
-
-
-def _pcie_at_most(gpu: Any) -> tuple[int, int]:
-    return pynvml.nvmlDeviceGetMaxPcieLinkGeneration(gpu), pynvml.nvmlDeviceGetMaxPcieLinkWidth(gpu)
-
-
-def _link(generation: int, width: int) -> str:
-    return f"{generation}.0 x{width}"
-
-
-def _of_gpu(read: Callable[[Any], str]) -> str:
-    """What `read` says of the GPU that JAX uses, as pynvml numbers it; "none" where there is no driver."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return "none"
-    try:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"  # an index, or a UUID
-        by_index = visible.isdecimal()
-        return read(
-            pynvml.nvmlDeviceGetHandleByIndex(int(visible)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(visible)
-        )
-    except pynvml.NVMLError as error:
-        return f"unknown ({error})"
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def measure(

@@ -20,7 +20,7 @@ import jax
 
 from kvpr_jax._version import __version__
 from kvpr_jax.command_line import FAILURE, Parser, failing_with, run
-from kvpr_jax.profiling import profile
+from kvpr_jax.profiling import nvidia
 
 PICTURES = (".svg", ".png")  # beside a report, with its name
 MORE_TABLES = ("growth", "summary")  # of some reports, behind the one that all have
@@ -34,7 +34,7 @@ def header(module: str, argv: Sequence[str]) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "machine": {
             "device": jax.local_devices()[0].device_kind,
-            "driver": profile.driver(),
+            "driver": nvidia.driver(),
             "cores": os.cpu_count(),
             "system": platform.platform(),
         },

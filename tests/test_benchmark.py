@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 import helpers
-from kvpr_jax import checkpoint, engines, memory, scheduler
+from kvpr_jax import checkpoint, engines, memory, scheduler, steps
 from kvpr_jax.plan import Request
 from kvpr_jax.profiling import decode, link, matmul, plain, residency, settings
 from kvpr_jax.profiling import profile as profiles
@@ -140,6 +140,19 @@ def test_few_steps_warm_up(monkeypatch):
     for request in (Request("0%"), Request("0%", tail_tokens=3)):  # of which the second one is flushed once
         decode.measure(decoder, [[3, 4, 5]], 5, request)
     assert counted == [2, 2, 5, 2, 2, 5]
+
+
+@pytest.mark.parametrize("most, calls", [(8, [3]), (1, [1, 1, 1])])
+def test_compute_alone_is_that_of_the_steps_calls(most, calls, monkeypatch):
+    """Of as many layers each, over segments that do not move."""
+    monkeypatch.setattr(engines, "GROUP", most)
+    decoder, prompts = Decoder(helpers.random_model(helpers.OPT)), [[3, 4, 5]]
+    _, cache, logits = decode.run(decoder, prompts, decoder.plan(prompts, 5, Request("2")), 2)
+    seen, compute = [], steps.decode_layers
+    monkeypatch.setattr(steps, "decode_layers", lambda *of, **how: seen.append(len(of[1])) or compute(*of, **how))
+    assert decode.compute_s(decoder, cache, logits) > 0
+    assert seen[: len(calls)] == calls and set(seen) == set(calls)
+    assert cache.bytes_per_step == 0
 
 
 def test_a_device_that_holds_a_part_of_the_cache_is_a_setting_of_its_own(monkeypatch, tmp_path):

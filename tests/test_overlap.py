@@ -12,7 +12,7 @@ import pytest
 
 from helpers import OPT, assert_close, random_model
 from kvpr_jax import memory
-from kvpr_jax.profiling import overlap, profile, timeline
+from kvpr_jax.profiling import nvidia, overlap, timeline
 from kvpr_jax.profiling.timeline import Span
 from kvpr_jax.runtime import Decoder
 from kvpr_jax.segments import Activations, KeysValues, Place
@@ -112,7 +112,7 @@ def test_the_picture_has_a_bar_for_each_span(tmp_path):
 def test_what_is_missing_is_one_line(missing, message, tmp_path, monkeypatch, capsys):
     spec = None if missing == "torch" else object()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    monkeypatch.setattr(profile, "driver", lambda: "none" if missing == "gpu" else "580.1 PCIe 5.0 x16")
+    monkeypatch.setattr(nvidia, "driver", lambda: "none" if missing == "gpu" else "580.1 PCIe 5.0 x16")
     assert overlap.main(["--out", str(tmp_path / "out.json")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("kvpr_jax.profiling.overlap: error: ") and error.count("\n") == 1 and message in error

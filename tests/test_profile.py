@@ -6,6 +6,7 @@ import itertools
 import json
 import shlex
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pynvml
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from helpers import OPT, profile
 from kvpr_jax import checkpoint, command_line, memory
-from kvpr_jax.profiling import link
+from kvpr_jax.profiling import link, nvidia
 from kvpr_jax.profiling import profile as profiles
 from kvpr_jax.segments import KeysValues
 
@@ -170,6 +171,21 @@ def test_copies_go_where_they_are_said_to(monkeypatch):
         assert moved == expected
 
 
+def test_a_few_copies_are_under_way_at_once(monkeypatch):
+    under_way, most = [], []
+
+    def fetched(segment):
+        under_way.append(segment)
+        most.append(len(under_way))
+        return segment
+
+    monkeypatch.setattr(memory, "fetched", fetched)
+    monkeypatch.setattr(jax, "block_until_ready", lambda _: under_way.pop())
+    monkeypatch.setattr(link, "trials_s", lambda copies, _: [float(len(copies()))])
+    assert link.copies_s("to_device", 2**10, 9) == link.UNDER_WAY  # those that are left to wait for
+    assert len(most) == 9 and max(most) == link.UNDER_WAY
+
+
 def test_progress_reaches_its_total(small):
     calls = []
     profiles.measure(OPT, FLOAT32, 2, lambda done, total: calls.append((done, total)))
@@ -244,20 +260,20 @@ def test_the_gpu_that_is_asked_is_the_one_that_jax_uses(visible, asked, gpu, mon
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    profiles.pcie()
+    nvidia.pcie()
     assert seen == [asked]
 
 
 def test_a_link_that_has_fallen_to_a_lower_width_is_reported(gpu):
     """A lower generation is an idle GPU's, and makes no profile stale either."""
     gpu(5, 16)
-    assert profiles.pcie() == "PCIe 5.0 x16 now, 5.0 x16 at most"
-    full = profiles.driver()
+    assert nvidia.pcie() == "PCIe 5.0 x16 now, 5.0 x16 at most"
+    full = nvidia.driver()
     gpu(1, 16)
-    assert profiles.pcie() == "PCIe 1.0 x16 now, 5.0 x16 at most"
+    assert nvidia.pcie() == "PCIe 1.0 x16 now, 5.0 x16 at most"
     gpu(5, 8)
-    assert profiles.pcie().startswith("PCIe 5.0 x8 now, 5.0 x16 at most. The link has fallen to 8 of its 16 lanes")
-    assert profiles.driver() == full == "580.95 PCIe 5.0 x16"
+    assert nvidia.pcie().startswith("PCIe 5.0 x8 now, 5.0 x16 at most. The link has fallen to 8 of its 16 lanes")
+    assert nvidia.driver() == full == "580.95 PCIe 5.0 x16"
 
 
 def test_a_gpu_that_does_not_tell_its_link_still_has_a_driver(gpu, monkeypatch):
@@ -267,8 +283,8 @@ def test_a_gpu_that_does_not_tell_its_link_still_has_a_driver(gpu, monkeypatch):
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMaxPcieLinkWidth", unknown)
-    assert profiles.driver() == "580.95 PCIe unknown (Not Supported)"
-    assert profiles.pcie() == "unknown (Not Supported)"
+    assert nvidia.driver() == "580.95 PCIe unknown (Not Supported)"
+    assert nvidia.pcie() == "unknown (Not Supported)"
 
 
 def test_the_command_measures_stores_and_shows(small, gpu, monkeypatch, capsys):
