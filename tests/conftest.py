@@ -1,9 +1,9 @@
 """Set-up for all tests: a CPU, cheap compilation, strict numerics, a machine profile that is given, not measured."""
 
 import importlib.metadata
-import itertools
 import os
 import sys
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Each of these halves the time to compile; JAX 0.12 does not know the second one.
@@ -29,7 +29,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Here steps wait for what is compiled beside them, and changing threads often makes that a tenth slower.
 compiling.GIVE_WAY_S = sys.getswitchinterval()
 
-TESTS = itertools.count(1)  # run so far in this process
+MAPS = Path("/proc/self/maps")  # of this process, one a line
+MOST_MAPS = 20_000  # Linux allows 65,530, behind which compiling ends in a segmentation fault
 
 
 @pytest.fixture(autouse=True)
@@ -43,10 +44,10 @@ def _given_profile(monkeypatch, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _free_compiled_code():
-    """The system limits the memory maps of a process, and compiled functions take several each.
+    """The system limits the memory maps of a process, and compiled functions take many each.
 
-    Few are of use to another test, so all of them are given up from time to time.
+    Few are of use to another test, so all of them are given up before they are too many.
     """
     yield
-    if next(TESTS) % 48 == 0:
+    if MAPS.is_file() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
         jax.clear_caches()

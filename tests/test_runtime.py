@@ -263,8 +263,7 @@ def test_a_decode_layers_is_traced_once_per_shape(config, module, monkeypatch):
     assert traces == ["prefill", "step"] * 2
 
 
-@pytest.mark.parametrize("group", [1, 8])
-@pytest.mark.parametrize("split", ["0", "6", "13"])
+@pytest.mark.parametrize("split, group", [("0", 8), ("6", 1), ("6", 8), ("13", 1)])
 def test_only_the_first_step_compiles(split, group, monkeypatch, caplog):
     """What a flush makes necessary, merging included, is compiled in another thread before."""
     monkeypatch.setattr(engines, "GROUP", group)
