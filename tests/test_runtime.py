@@ -69,9 +69,10 @@ def test_residency_keeps_the_end_of_the_prompt_on_the_device():
     assert cache.tokens()["activations"] + cache.tokens()["keys_values"] == 6 + 2
 
 
-@pytest.mark.parametrize("config", [OPT, GQA], ids=["opt", "gqa"])
-def test_a_growing_cache_fills_the_device_and_spills_the_rest(config):
+@pytest.mark.parametrize("config, group", [(OPT, 8), (GQA, 1)], ids=["opt", "gqa"])
+def test_a_growing_cache_fills_the_device_and_spills_the_rest(config, group, monkeypatch):
     """Resident tails are merged like those on the host; nothing crosses before the first one leaves."""
+    monkeypatch.setattr(engines, "GROUP", group)
     model = random_model(config)
     prompts = random_prompts((7, 4), config.vocab_size)
     token_gib = 2 * config.kv_width * 4 * config.num_layers / memory.GIB
