@@ -1,4 +1,4 @@
-"""The KV cache of a batch: for each layer, segments in pinned host memory, and a small tail on the device.
+"""The KV cache of a batch: for each group of layers, segments in pinned host memory, and a small tail on the device.
 
     slots      0 ........ l ........ S-r ....... S ........ S+T ....... n
     segments   activations | keys, values | resident | flushed | … | tail (on the device, filling)
@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent import futures
 
 import jax
@@ -26,7 +26,7 @@ from kvpr_jax.costs import Held
 from kvpr_jax.engines import Overlapped, Sequential, engine_for
 from kvpr_jax.pace import Pace
 from kvpr_jax.plan import MERGE, Plan, merged_tokens
-from kvpr_jax.segments import Activations, KeysValues, Place, Segment
+from kvpr_jax.segments import TOKENS, Activations, KeysValues, Place, Segment
 
 Join = Callable[[tuple[Segment, ...]], Segment]
 
@@ -38,11 +38,11 @@ class Cache:
     Attributes:
         config, dtype: of the model.
         plan: what is held where, and how it is used.
-        layers: for each layer, its segments before the tail.
+        groups: for each group of layers, its segments before the tail.
         length: slots filled, the same for every sequence; the next token stands at this slot.
         start: (B,) first slot of each sequence that is not padding, or None.
         place: where the next token stands, on the device: slot `length`, and `start`.
-        tails: for each layer, its tail of `plan.tail_tokens` slots.
+        tails: for each group, its tail of `plan.tail_tokens` slots.
         engine: carries out its decode steps; chosen by what they move.
         bytes_per_step: bytes that cross the link in a step: all segments on the host.
         predicted_step_s: how long a step should take until the next flush.
@@ -57,7 +57,7 @@ class Cache:
     config: ModelConfig
     dtype: jnp.dtype
     plan: Plan
-    layers: list[tuple[Segment, ...]]
+    groups: list[tuple[Segment, ...]]
     length: int
     start: dataclasses.InitVar[Int[Array, " B"] | None]
     place: Place = dataclasses.field(init=False)
@@ -83,26 +83,26 @@ class Cache:
         """Whether the tail must be flushed before the next token."""
         return self.length == self._tail_start + self.plan.tail_tokens
 
-    def fetch(self, layers: Sequence[int]) -> list[tuple[Segment, ...]]:
-        """The segments of each of these layers, all on the device; those on the host are copied, asynchronously."""
-        return memory.fetched([self.layers[layer] for layer in layers])
+    def fetch(self, group: int) -> tuple[Segment, ...]:
+        """The segments of one group, all on the device; those on the host are copied, asynchronously."""
+        return memory.fetched(self.groups[group])
 
     def flush(self) -> None:
-        """Make every layer's full tail its next segment, on the device or on the host, and begin anew."""
+        """Make every group's full tail its next segment, on the device or on the host, and begin anew."""
         if self.preparing is not None:
             begin = time.perf_counter()
             if failed := self.preparing.exception():
                 warnings.warn(f"what comes behind a flush could not be compiled ahead: {failed!r}", stacklevel=2)
             self.longest_wait_s = max(self.longest_wait_s, time.perf_counter() - begin)
-        jax.block_until_ready(self.tails)  # no layer is being computed whose segments a new engine would not know of
+        jax.block_until_ready(self.tails)  # no group is being computed whose segments a new engine would not know of
         del self.engine  # and with it what its window holds on the device
         with jax.profiler.TraceAnnotation("flush"):
             to_host = self.plan.leaves(self.flushes)
-            for layer, tail in enumerate(self.tails):
-                self.layers[layer], self.tails[layer] = _joined(self.layers[layer], tail, to_host, _join)
-            # Only now: what one layer's segments leave free in XLA's pool is scattered, what all leave is not.
-            for layer, full in enumerate(self.tails):
-                self.layers[layer] += (memory.to_host(full) if to_host else full,)
+            for group, tail in enumerate(self.tails):
+                self.groups[group], self.tails[group] = _joined(self.groups[group], tail, to_host, _join)
+            # Only now: what one group's segments leave free in XLA's pool is scattered, what all leave is not.
+            for group, full in enumerate(self.tails):
+                self.groups[group] += (memory.to_host(full) if to_host else full,)
             self.flushes, self.preparing = self.flushes + 1, None
             self._new_tails()
         if self._slowed is not None:
@@ -132,20 +132,20 @@ class Cache:
         return self.length - self._tail_start
 
     def after_flush(self, join: Join) -> tuple[tuple[Segment, ...], Segment]:
-        """Shapes and places of what a layer will have after the next flush: its segments, and its tail.
+        """Shapes and places of what a group will have after the next flush: its segments, and its tail.
 
         Args:
             join: gives the shapes of segments that become one.
         """
         to_host = self.plan.leaves(self.flushes)
-        staying, full = _joined(memory.described(self.layers[0]), memory.described(self.tails[0]), to_host, join)
+        staying, full = _joined(memory.described(self.groups[0]), memory.described(self.tails[0]), to_host, join)
         segments = (*staying, memory.described(full, host=to_host))
         empty = self._tail_form(segments, self.flushes + 1)
         return segments, memory.described(empty(self))  # made, so that what makes it is compiled as well
 
     def tokens(self) -> dict[str, int]:
         """Tokens of one layer by where and how they are held: activations, keys_values, resident, tail."""
-        held = _held(self.layers[0])
+        held = _held(self.groups[0])
         resident = held.resident + held.resident_activations
         on_host = {"activations": held.activations, "keys_values": held.keys_values}
         return on_host | {"resident": resident, "tail": self.written}
@@ -153,25 +153,25 @@ class Cache:
     def _new_tails(self) -> None:
         """Empty tails from slot `length` on, in the form that they are to be held in."""
         self._tail_start = self.length
-        layer_bytes = memory.host_bytes(self.layers[0])
-        self.bytes_per_step = layer_bytes * len(self.layers)
-        self.engine = engine_for(self.plan.engine, len(self.layers), layer_bytes)
-        empty = self._tail_form(self.layers[0], self.flushes)
-        self.tails = [memory.placed(empty(self)) for _ in self.layers]
+        group_bytes = memory.host_bytes(self.groups[0])
+        self.bytes_per_step = group_bytes * len(self.groups)
+        self.engine = engine_for(self.plan.engine, group_bytes)
+        empty = self._tail_form(self.groups[0], self.flushes)
+        self.tails = [memory.placed(empty(self)) for _ in self.groups]
         self.predicted_step_s = self.plan.step_s(self._read())
 
     def _read(self) -> Held:
         """Tokens that a step reads: the tail whole, slots that are not written yet too."""
-        return _held((*self.layers[0], self.tails[0]))
+        return _held((*self.groups[0], self.tails[0]))
 
     def _tail_form(self, segments: tuple[Segment, ...], index: int) -> Callable[["Cache"], Segment]:
-        """What makes the tail of this index beside these segments of a layer."""
+        """What makes the tail of this index beside these segments of a group."""
         smaller = self.plan.tail_is_activations(_held(segments), index)
         return _empty_activations if smaller else _empty_keys_values
 
 
 def _held(segments: tuple[Segment, ...]) -> Held:
-    """Tokens of a layer's segments by place and form."""
+    """Tokens of a group's segments by place and form."""
     counts = collections.Counter[tuple[bool, bool]]()
     for segment in segments:
         counts[memory.on_host(segment), isinstance(segment, Activations)] += segment.tokens
@@ -184,24 +184,25 @@ def _tail_slots(cache: Cache) -> Int[Array, " T"]:
 
 
 def _empty_activations(cache: Cache) -> Activations:
-    shape = (cache.plan.batch, cache.plan.tail_tokens, cache.config.hidden_size)
+    shape = (cache.plan.group, cache.plan.batch, cache.plan.tail_tokens, cache.config.hidden_size)
     return Activations(jnp.zeros(shape, cache.dtype), _tail_slots(cache))
 
 
 def _empty_keys_values(cache: Cache) -> KeysValues:
-    shape = (cache.plan.batch, cache.plan.tail_tokens, cache.config.num_kv_heads, cache.config.head_dim)
+    heads = cache.config.num_kv_heads, cache.config.head_dim
+    shape = (cache.plan.group, cache.plan.batch, cache.plan.tail_tokens, *heads)
     return KeysValues(jnp.zeros(shape, cache.dtype), jnp.zeros(shape, cache.dtype), _tail_slots(cache))
 
 
 def _join(segments: tuple[Segment, ...]) -> Segment:
     """Segments as one, on the device."""
-    return jax.block_until_ready(steps.concatenate(memory.fetched(segments), axis=1))
+    return jax.block_until_ready(steps.concatenate(memory.fetched(segments), axis=TOKENS))
 
 
 def _joined(
     segments: tuple[Segment, ...], full: Segment, to_host: bool, join: Join
 ) -> tuple[tuple[Segment, ...], Segment]:
-    """One layer's segments that stay as they are beside a full tail, and that with those that become one with it:
+    """One group's segments that stay as they are beside a full tail, and that with those that become one with it:
     `MERGE` - 1 others of its form and length in the place where it goes, while they are small.
 
     With MERGE 4 and tails of 64 tokens, the 4th flush leaves one segment of 256, the 16th one of 1024, unless those of

@@ -5,6 +5,7 @@ One legend of axis letters, used in types, einsums, comments and documentation:
     B batch        S cached tokens      T tokens of one segment    Q new tokens of one call (1 in a decode step)
     D model width  H query heads        K key/value heads          G = H / K query heads that share a key/value head
     d head width   L layers             F MLP width                V vocabulary
+    N layers of a group, which are copied and computed together
     l split index: tokens [0, l) are held as activations, [l, S) as keys and values
 """
 

@@ -1,13 +1,14 @@
 """The cost model of a decode step: what a plan is chosen by. Lengths in tokens, times in seconds.
 
-Layer i+1's copies run beside layer i's compute, and the host issues both:
+The layers go in groups of N, one large layer or several small ones, which are copied and computed together. Copies run
+beside the compute of the group before, and the host issues both:
 
-    link_s(l)    = L · sum over copies (activations; keys, values) of what one of so many bytes takes
-    compute_s(l) = L · (layer + for each form: segment + tokens · token)
-    issue_s(l)   = L/g · (call + (g - 1) · further layer) + copies · copy
+    link_s(l)    = L/N · sum over copies (activations; keys, values) of what one of so many bytes takes
+    compute_s(l) = L · (layer + for each form: what a segment of so many tokens adds)
+    issue_s(l)   = L/N · (call + (N - 1) · further layer + copies · copy)
     step_s(l)    = max(link_s, compute_s + head, issue_s + head)
 
-since the window reaches over the ends of steps; g layers share a call (`engines.group`).
+since the window reaches over the ends of steps.
 
 A form's tokens count as one copy, or two, however many segments they are in: merging keeps those few.
 `two_phase_step_s` is the cost model of the paper (arXiv 2411.17089, equations 8 to 11), kept for comparison.
@@ -18,16 +19,18 @@ import math
 from typing import Any
 
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.engines import Engine, group
+from kvpr_jax.engines import Engine
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling.profile import Profile
 
 BUCKETS = 16  # split points tried, about
-TIMES_OF = {  # sides of a step: the profile's times that make them up
-    "compute": ("base_s", "keys_values_s", "project_s", "absorb_s", "keys_values_token_s", "project_token_s",
-                "absorb_token_s"),
+GROUP = 8  # layers at most
+GROUP_BYTES = 128 * 2**20  # of their cache, if there is more than one
+TIMES_OF = {  # sides of a step: the profile's times that make them up, and its curves
+    "copies to the device": ("to_device",),
+    "compute": ("base_s", "keys_values", "project", "absorb"),
     "dispatch": ("dispatch_s", "layer_dispatch_s", "issue_s"),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +51,13 @@ class Held:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """The cost model for one model, batch and profile."""
+    """The cost model for one model, batch and profile, with so many layers a group."""
 
     config: ModelConfig
     itemsize: int
     batch: int
     profile: Profile
+    group: int = 1
 
     def host_bytes(self, activations: int, keys_values: int) -> int:
         """Bytes of one layer's tokens in each form."""
@@ -64,24 +68,29 @@ class Costs:
         """Bytes of all layers' tokens in each form."""
         return self.config.num_layers * self.host_bytes(activations, keys_values)
 
+    def group_bytes(self, activations: int, keys_values: int) -> int:
+        """Bytes of one group's tokens in each form."""
+        return self.group * self.host_bytes(activations, keys_values)
+
     def arrays_bytes(self, activations: int, keys_values: int) -> list[int]:
-        """Bytes of each array in which a layer's tokens cross the link: activations; keys, values."""
-        arrays = [self.host_bytes(activations, 0)] if activations else []
-        return arrays + [self.host_bytes(0, keys_values) // 2] * (2 if keys_values else 0)
+        """Bytes of each array in which a group's tokens cross the link: activations; keys, values."""
+        arrays = [self.group_bytes(activations, 0)] if activations else []
+        return arrays + [self.group_bytes(0, keys_values) // 2] * (2 if keys_values else 0)
 
     def link_s(self, activations: int, keys_values: int) -> float:
-        """One layer's copies."""
-        return sum((self.profile.copy_s(nbytes) for nbytes in self.arrays_bytes(activations, keys_values)), 0.0)
+        """One layer's share of its group's copies."""
+        copies_s = (self.profile.copy_s(nbytes) for nbytes in self.arrays_bytes(activations, keys_values))
+        return sum(copies_s, 0.0) / self.group
 
     def compute_s(self, activations: int, keys_values: int, recompute: Recompute) -> float:
         """One layer's step over tokens in each form, wherever they are held."""
         return self.profile.layer_s(recompute, activations, keys_values)
 
     def issue_s(self, activations: int, keys_values: int) -> float:
-        """What the host needs to issue one layer's step, its share of the call, and its copies."""
-        layers = group(self.config.num_layers, self.host_bytes(activations, keys_values))
-        call_s = self.profile.dispatch_s + (layers - 1) * self.profile.layer_dispatch_s
-        return call_s / layers + len(self.arrays_bytes(activations, keys_values)) * self.profile.issue_s
+        """One layer's share of what the host needs to issue its group's step and copies."""
+        call_s = self.profile.dispatch_s + (self.group - 1) * self.profile.layer_dispatch_s
+        copies = len(self.arrays_bytes(activations, keys_values))
+        return (call_s + copies * self.profile.issue_s) / self.group
 
     def step_s(self, held: Held, recompute: Recompute, engine: Engine) -> float:
         """One decode step."""
@@ -115,9 +124,7 @@ class Costs:
         ends = sides if engine == "sequential" else self._with_head(sides)
         blamed = max(sides, key=lambda side: ends[side])
         times = 1 + (step_s - self.step_s(held, recompute, engine)) / sides[blamed]
-        changes: dict[str, Any] = {name: times * getattr(self.profile, name) for name in TIMES_OF.get(blamed, ())}
-        if blamed == "copies to the device":
-            changes = {"to_device": [(nbytes, times * seconds) for nbytes, seconds in self.profile.to_device]}
+        changes = {name: _longer(getattr(self.profile, name), times) for name in TIMES_OF[blamed]}
         return dataclasses.replace(self, profile=dataclasses.replace(self.profile, **changes)), blamed
 
     def two_phase_step_s(self, activations: int, keys_values: int) -> float:
@@ -125,6 +132,23 @@ class Costs:
         first = self.link_s(activations, 0)
         rest = max(self.link_s(0, keys_values), self.compute_s(activations, keys_values, "project"))
         return self.config.num_layers * (first + rest) + self.profile.head_s
+
+
+def _longer(of: Any, times: float) -> Any:
+    """A time, or the times of a curve, so many times as long."""
+    return times * of if isinstance(of, float) else [(size, times * seconds) for size, seconds in of]
+
+
+def group_of(layers: int, layer_bytes: int) -> int:
+    """N: layers of a group, so many that all groups are alike and share one compiled function.
+
+    Small layers would be copied and computed in less time than the host needs to issue them one by one.
+
+    Args:
+        layer_bytes: of a layer's cache, at most.
+    """
+    most = max(1, min(GROUP, GROUP_BYTES // max(1, layer_bytes)))
+    return max(size for size in range(1, most + 1) if layers % size == 0)
 
 
 def buckets(tokens: int) -> list[int]:

@@ -20,7 +20,6 @@ HOST_POOL_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 GIB = 2**30
 
 Tree = TypeVar("Tree")
-Segments = TypeVar("Segments")  # a tree of segments
 
 _pool_bytes = 0  # XLA's pool of pinned memory is at least this large: what was reserved, or seen live
 
@@ -47,16 +46,11 @@ def placed(tree: Tree) -> Tree:
     return jax.device_put(tree, _sharding(DEVICE))
 
 
-def fetched(segments: Segments) -> Segments:
-    """A tree of segments, all on the device: those on the host by one asynchronous copy of all their arrays, which the
-    host issues in less time than one after the other."""
-    leaves, structure = jax.tree.flatten(segments, is_leaf=lambda node: isinstance(node, Segment))
-    away = [index for index, segment in enumerate(leaves) if on_host(segment)]
+def fetched(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Segments, all on the device: those on the host by one asynchronous copy of all their arrays."""
     with jax.profiler.TraceAnnotation("fetch"):
-        arrived = _moved([leaves[index] for index in away], DEVICE)
-    for index, segment in zip(away, arrived, strict=True):
-        leaves[index] = segment
-    return structure.unflatten(leaves)
+        arrived = iter(_moved([segment for segment in segments if on_host(segment)], DEVICE))
+    return tuple(next(arrived) if on_host(segment) else segment for segment in segments)
 
 
 def arriving(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:

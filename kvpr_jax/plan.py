@@ -107,6 +107,7 @@ class Plan:
 
     Attributes:
         batch: B.
+        group: N, layers that are copied and computed together.
         split: l, tokens of the prompt held as activations on the host.
         cached_tokens: S.
         resident_tokens: the prompt's last tokens that stay on the device, as keys and values.
@@ -129,6 +130,7 @@ class Plan:
     """
 
     batch: int
+    group: int
     split: int
     cached_tokens: int
     resident_tokens: int
@@ -182,7 +184,7 @@ class Plan:
     def step_shape(self) -> tuple[Any, ...]:
         """What the first step's compiled function depends on, for one model."""
         held = self.split, self.cached_tokens, self.resident_tokens, self.offloaded, self.tail_tokens
-        return self.batch, *held, self.recompute, self.engine
+        return self.batch, self.group, *held, self.recompute, self.engine
 
     @property
     def largest_array_bytes(self) -> int:
@@ -241,4 +243,4 @@ def longest_flushed(costs: Costs, tail_tokens: int, flushes: int) -> list[tuple[
         lengths = (MERGE * tokens for tokens in merged_tokens(tail_tokens, tail_tokens * token_bytes))
         return max((tokens for tokens in lengths if tokens <= flushes * tail_tokens), default=tail_tokens)
 
-    return [(longest(costs.host_bytes(1, 0)), 0), (0, longest(costs.host_bytes(0, 1)))]
+    return [(longest(costs.group_bytes(1, 0)), 0), (0, longest(costs.group_bytes(0, 1)))]

@@ -1,7 +1,7 @@
 """Carries a plan out: prefill a batch of prompts into a cache, then step it token by token."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from kvpr_jax.models.attention import Recompute
 from kvpr_jax.plan import Plan, Request, Workload
 from kvpr_jax.profiling import profile
 from kvpr_jax.profiling.profile import Profile
-from kvpr_jax.segments import Place, Segment
+from kvpr_jax.segments import LAYERS, SEQUENCES, TOKENS, Place, Segment
 
 UNLIMITED = 2**62  # bytes
 PREPARE_AT = 1 / 16  # of the tail written: runs that end early compile nothing in vain, others are ready in time
@@ -59,8 +59,8 @@ class Decoder:
     ) -> tuple[Cache, Float[Array, "B V"]]:
         """Run the prompts through the model, a layer and in it a chunk of sequences at a time, into a new cache.
 
-        Prompts of different lengths are padded on the left. While one layer computes, the segments of the layer
-        before it are copied to the host.
+        Prompts of different lengths are padded on the left. While one layer computes, the segments of the group
+        before its own are copied to the host.
 
         Args:
             prompts: token ids; those that the plan was made for, or others of the same number and greatest length.
@@ -87,10 +87,11 @@ class Decoder:
             rows = slice(first, first + plan.prefill_sequences)
             place = Place(slots, None if start is None else start[rows])
             chunks.append((place, steps.embed(*self.embedder, tokens[rows], place)[0]))
-        layers: list[tuple[Segment, ...]] = []
-        for params in self.params:
-            if len(layers) >= engines.WINDOW:  # bounds what waits on the device for its copy
-                jax.block_until_ready(layers[-engines.WINDOW])
+        groups: list[tuple[Segment, ...]] = []
+        layers = []  # of the next group: segments for the host, and segments that stay
+        for layer, params in enumerate(self.params, start=1):
+            if not layers and len(groups) >= engines.WINDOW:  # bounds what waits on the device for its copy
+                jax.block_until_ready(groups[-engines.WINDOW])
             parts = []
             for index, (place, h) in enumerate(chunks):
                 h, *segments = steps.prefill_layer(
@@ -99,26 +100,29 @@ class Decoder:
                 )  # fmt: skip
                 chunks[index] = (place, h)
                 parts.append(segments)
-            host, stay = (tuple(map(_joined, zip(*pieces, strict=True))) for pieces in zip(*parts, strict=True))
-            layers.append((*map(memory.to_host, host), *stay))
+            layers.append(_joined(parts, SEQUENCES))
+            if len(layers) == plan.group:
+                host, stay = _joined(layers, LAYERS)
+                groups.append((*map(memory.to_host, host), *stay))
+                layers.clear()
             if progress is not None:
-                progress(len(layers), self.config.num_layers)
+                progress(layer, self.config.num_layers)
         logits = [steps.logits(*self.embedder, h) for _, h in chunks]
-        cache = Cache(self.config, self.dtype, plan, layers, plan.cached_tokens, start)
+        cache = Cache(self.config, self.dtype, plan, groups, plan.cached_tokens, start)
         return cache, jnp.concatenate(logits)
 
     def compute(self, tails: list[Segment], place: Place, recompute: Recompute) -> engines.Compute:
-        """What an engine calls to compute layers for a token at `place`, which it writes into their `tails`."""
+        """What an engine calls to compute a group for a token at `place`, which it writes into the group's tail."""
+        layers = len(self.params) // len(tails)
 
-        def layers_step(layers: Sequence[int], h: Array, segments: Sequence[tuple[Segment, ...]]) -> Array:
-            params = tuple(self.params[layer] for layer in layers)
-            before = tuple(tails[layer] for layer in layers)
-            h, after = steps.decode_layers(self.layer, params, h, tuple(segments), before, place, recompute=recompute)
-            for layer, tail in zip(layers, after, strict=True):
-                tails[layer] = tail
+        def group_step(group: int, h: Array, segments: tuple[Segment, ...]) -> Array:
+            params = tuple(self.params[group * layers : (group + 1) * layers])
+            h, tails[group] = steps.decode_layers(
+                self.layer, params, h, segments, tails[group], place, recompute=recompute
+            )
             return h
 
-        return layers_step
+        return group_step
 
     def step(self, cache: Cache, tokens: Int[Array, " B"]) -> Float[Array, "B V"]:
         """Append one token to each sequence and return the logits after it.
@@ -142,7 +146,7 @@ class Decoder:
         if cache.written == math.ceil(cache.plan.tail_tokens * PREPARE_AT) and cache.flushes < cache.plan.flushes:
             cache.preparing = compiling.ahead(self._prepare, cache, memory.described(h))
         compute = self.compute(cache.tails, place, cache.plan.recompute)
-        h = cache.engine.step(self.config.num_layers, cache, compute, h, more=not cache.full)
+        h = cache.engine.step(len(cache.groups), cache, compute, h, more=not cache.full)
         logits = steps.logits(*self.embedder, h)
         if cache.length == cache.plan.cached_tokens + 1:  # the first step
             self.compiled.add(cache.plan.step_shape)
@@ -158,16 +162,15 @@ class Decoder:
         """
 
         def join(segments: tuple[Segment, ...]) -> Segment:
-            merging = steps.concatenate.lower(memory.described(segments, host=False), axis=1)
+            merging = steps.concatenate.lower(memory.described(segments, host=False), axis=TOKENS)
             merging.compile()
             return merging.out_info
 
         segments, tail = cache.after_flush(join)
-        engine = engines.engine_for(cache.plan.engine, self.config.num_layers, memory.host_bytes(segments))
-        fetched = memory.described(segments, host=False)
         steps.decode_layers.lower(
-            self.layer, (memory.described(self.params[0]),) * engine.group, h, (fetched,) * engine.group,
-            (tail,) * engine.group, memory.described(cache.place), recompute=cache.plan.recompute,
+            self.layer, (memory.described(self.params[0]),) * cache.plan.group, h,
+            memory.described(segments, host=False), tail, memory.described(cache.place),
+            recompute=cache.plan.recompute,
         ).compile()  # fmt: skip
 
 
@@ -235,6 +238,9 @@ def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[Array, "B S"], I
     return jnp.asarray(tokens), jnp.asarray(start) if start.any() else None
 
 
-def _joined(pieces: tuple[Segment, ...]) -> Segment:
-    """A segment of the whole batch from those of its chunks of sequences."""
-    return pieces[0] if len(pieces) == 1 else steps.concatenate(pieces, axis=0)
+def _joined(parts: Sequence[Sequence[Iterable[Segment]]], axis: int) -> list[tuple[Segment, ...]]:
+    """Of each list of segments that every part has, one list, in which each segment is that of all parts."""
+    return [
+        tuple(pieces[0] if len(pieces) == 1 else steps.concatenate(pieces, axis) for pieces in zip(*lists, strict=True))
+        for lists in zip(*parts, strict=True)
+    ]

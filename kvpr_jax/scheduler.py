@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from kvpr_jax import memory
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.costs import Costs, Held, buckets
+from kvpr_jax.costs import Costs, Held, buckets, group_of
 from kvpr_jax.engines import WINDOW, window_bytes
 from kvpr_jax.models.attention import Recompute, fused, fusible
 from kvpr_jax.plan import Plan, Request, Workload, longest_flushed
@@ -98,6 +98,8 @@ def make_plan(
             change them.
     """
     costs = Costs(config, jnp.dtype(dtype).itemsize, workload.batch, profile)
+    group = group_of(config.num_layers, costs.host_bytes(0, workload.total_tokens))
+    costs = dataclasses.replace(costs, group=group)
     recompute = _recompute(costs, workload, request)
     has_fused = fusible(dtype, config.head_dim) if elsewhere else fused(dtype, config.head_dim)
     one_memory = memory.device_memory_is_host_memory() and not elsewhere
@@ -105,7 +107,8 @@ def make_plan(
     prefill_bytes = _prefill_bytes(config, dtype, workload, sequences, queries, has_fused)
     step_bytes = _step_bytes(costs, workload)
     widest = workload.prompt_tokens * max(costs.host_bytes(0, 1), costs.host_bytes(1, 0))
-    usable = int(free_device_bytes * (1 - MARGIN)) - max(prefill_bytes + WINDOW * widest, step_bytes)
+    leaving = WINDOW * group + (group if group > 1 else 0)  # layers in prefill, and those that become a group
+    usable = int(free_device_bytes * (1 - MARGIN)) - max(prefill_bytes + leaving * widest, step_bytes)
     offloaded, resident, resident_flushes, tail = _residency(costs, workload, request, usable)
     written = workload.total_tokens - workload.prompt_tokens
     flushes = max(0, written - 1) // tail if offloaded else 0  # a full tail leaves when the next token comes
@@ -118,8 +121,8 @@ def make_plan(
 
     def device_bytes(leaving_bytes: int, layer_bytes: int) -> int:
         """Beside the weights, while so many bytes a layer leave in prefill or while a last step reads so many."""
-        filling = resident * token_bytes + prefill_bytes + WINDOW * leaving_bytes
-        stepping = tails_bytes + window_bytes(layer_bytes) + step_bytes
+        filling = resident * token_bytes + prefill_bytes + leaving * leaving_bytes
+        stepping = tails_bytes + window_bytes(group * layer_bytes) + step_bytes
         return max(filling, resident_bytes + max(stepping, _merging_bytes(costs, tail, flushes)))
 
     limit = free_host_bytes
@@ -132,6 +135,7 @@ def make_plan(
         held = Held(split, prompt - split, resident)
         plan = Plan(
             batch=workload.batch,
+            group=group,
             split=held.activations,
             cached_tokens=workload.prompt_tokens,
             resident_tokens=resident,
@@ -210,7 +214,7 @@ def _residency(costs: Costs, workload: Workload, request: Request, usable: int) 
         return False, workload.prompt_tokens, 0, everything
     resident = 0
     for _ in range(2):  # what stays makes the window's layers smaller, so that a little more can stay
-        stepping = window_bytes(costs.host_bytes(0, total - resident)) + 2 * tail * token_bytes
+        stepping = window_bytes(costs.group_bytes(0, total - resident)) + 2 * tail * token_bytes
         beside = max(stepping, _merging_bytes(costs, tail, everything // tail))
         left = min(budget - tail * token_bytes, usable - beside)
         resident = max(0, left // token_bytes)
@@ -273,12 +277,12 @@ def _recompute(costs: Costs, workload: Workload, request: Request) -> Recompute:
 def _tail_tokens(costs: Costs) -> int:
     """Tokens whose activations make a copy of `TAIL_BYTES`, within `TAIL_TOKENS`."""
     least, most = TAIL_TOKENS
-    return min(most, max(least, 2 ** math.ceil(math.log2(TAIL_BYTES / costs.host_bytes(1, 0)))))
+    return min(most, max(least, 2 ** math.ceil(math.log2(TAIL_BYTES / costs.group_bytes(1, 0)))))
 
 
 def _step_bytes(costs: Costs, workload: Workload) -> int:
-    """Device memory of a decode step beside the window: keys and values of one layer, formed or transposed; logits."""
-    return costs.host_bytes(0, workload.total_tokens) + 4 * workload.batch * costs.config.vocab_size * 4
+    """Device memory of a decode step beside the window: keys and values of one group, formed or transposed; logits."""
+    return costs.group_bytes(0, workload.total_tokens) + 4 * workload.batch * costs.config.vocab_size * 4
 
 
 def _merging_bytes(costs: Costs, tail: int, flushes: int) -> int:

@@ -1,19 +1,25 @@
-"""What one layer remembers of T tokens, in one of two forms. Axis letters: see `config.py`.
+"""What a layer remembers of T tokens, in one of two forms. Axis letters: see `config.py`.
+
+The cache holds segments of a group of N layers, with the layers in front; attention reads one layer's, without.
 
 A token stands at a *slot*: its index in the padded batch, the same for every layer. `slots` lets a segment be cut,
 merged and stored in any order, because attention only asks which slots a query may see.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 if TYPE_CHECKING:
     Held = Array
 else:  # or what only describes one: shapes and types, where a step is compiled before it is needed
     Held = Any
+
+LAYERS, SEQUENCES, TOKENS = 0, 1, 2  # axes of the arrays of a group's segment
 
 
 def _nbytes(arrays: dict[str, Held]) -> int:
@@ -25,12 +31,12 @@ def _nbytes(arrays: dict[str, Held]) -> int:
 class Activations:
     """Tokens held as the input of the layer's key/value projection: D numbers a token."""
 
-    x: Float[Held, "B T D"]
+    x: Float[Held, "*N B T D"]
     slots: Int[Held, " T"]
 
     @property
     def tokens(self) -> int:
-        return self.x.shape[1]
+        return self.slots.shape[0]
 
     @property
     def arrays(self) -> dict[str, Held]:
@@ -43,7 +49,7 @@ class Activations:
         return _nbytes(self.arrays)
 
     def __getitem__(self, tokens: slice) -> "Activations":
-        return Activations(self.x[:, tokens], self.slots[tokens])
+        return Activations(self.x[..., tokens, :], self.slots[tokens])
 
 
 @jax.tree_util.register_dataclass
@@ -51,13 +57,13 @@ class Activations:
 class KeysValues:
     """Tokens held as keys (rotated, where the model rotates them) and values: 2·K·d numbers a token."""
 
-    keys: Float[Held, "B T K d"]
-    values: Float[Held, "B T K d"]
+    keys: Float[Held, "*N B T K d"]
+    values: Float[Held, "*N B T K d"]
     slots: Int[Held, " T"]
 
     @property
     def tokens(self) -> int:
-        return self.keys.shape[1]
+        return self.slots.shape[0]
 
     @property
     def arrays(self) -> dict[str, Held]:
@@ -70,10 +76,21 @@ class KeysValues:
         return _nbytes(self.arrays)
 
     def __getitem__(self, tokens: slice) -> "KeysValues":
-        return KeysValues(self.keys[:, tokens], self.values[:, tokens], self.slots[tokens])
+        return KeysValues(self.keys[..., tokens, :, :], self.values[..., tokens, :, :], self.slots[tokens])
 
 
 Segment = Activations | KeysValues
+
+
+def stacked(layers: Sequence[Segment]) -> Segment:
+    """A group's segment from one of each of its layers, of one form and at the same slots."""
+    names = layers[0].arrays
+    return dataclasses.replace(layers[0], **{name: jnp.stack([of.arrays[name] for of in layers]) for name in names})
+
+
+def of_layer(segment: Segment, layer: int) -> Segment:
+    """One layer's part of a group's segment."""
+    return dataclasses.replace(segment, **{name: array[layer] for name, array in segment.arrays.items()})
 
 
 @jax.tree_util.register_dataclass

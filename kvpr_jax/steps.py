@@ -4,7 +4,7 @@
     embed             | definition              |         | batch, tokens of the call, whether sequences are padded
     prefill_layer     | definition, split,      | h       | sequences of the chunk, S, l, resident tokens, queries at a
                       | resident, chunk         |         | time; not the layer, not the prompt
-    decode_layers     | definition, recompute   | tails   | batch, how many layers, the segments' forms and lengths,
+    decode_layers     | definition, recompute   | tail    | batch, how many layers, the segments' forms and lengths,
                       |                         |         | the tail's form; not which layers, not the token, not the
                       |                         |         | position
     logits            | definition              |         | batch
@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int, Key
 from kvpr_jax import memory
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.sampling import Sampling, sample_tokens
-from kvpr_jax.segments import Activations, Place, Segment
+from kvpr_jax.segments import TOKENS, Activations, Place, Segment, of_layer, stacked
 
 Params = dict[str, Any]
 
@@ -89,7 +89,8 @@ def prefill_layer(
     resident: int,
     chunk: int,
 ) -> tuple[Float[Array, "B Q D"], tuple[Segment, ...], tuple[Segment, ...]]:
-    """One layer over whole prompts: hidden states, segments for the host, segments that stay on the device.
+    """One layer over whole prompts: hidden states, segments for the host, segments that stay on the device; those of a
+    group of one layer.
 
     With 8 tokens, split 3 and resident 2, the host gets activations [0, 3) and keys and values [3, 6), and keys and
     values [6, 8) stay.
@@ -97,50 +98,21 @@ def prefill_layer(
     layer = definition.module(params)
     with _precision(h):
         h, (activations, own) = layer(h, (), place, split=split, recompute="project", chunk=chunk)
-    host: list[Segment] = [activations] if activations is not None else []
+    host: list[Segment] = [stacked([activations])] if activations is not None else []
     stay: list[Segment] = []
     if own is not None:
         streamed = own.tokens - resident
         if streamed:
-            host.append(own[:streamed])
+            host.append(stacked([own[:streamed]]))
         if resident:
-            stay.append(own[streamed:])
+            stay.append(stacked([own[streamed:]]))
     return h, tuple(host), tuple(stay)
 
 
-@functools.partial(jax.jit, static_argnames=("definition", "recompute"), donate_argnames=("tails",))
+@functools.partial(jax.jit, static_argnames=("definition", "recompute"), donate_argnames=("tail",))
 def decode_layers(
     definition: Definition,
     params: tuple[Params, ...],
-    h: Float[Array, "B 1 D"],
-    segments: tuple[tuple[Segment, ...], ...],
-    tails: tuple[Segment, ...],
-    place: Place,
-    *,
-    recompute: Recompute,
-) -> tuple[Float[Array, "B 1 D"], tuple[Segment, ...]]:
-    """Consecutive layers, a group of the engine's, over one new token a sequence.
-
-    Segments of activations are turned back into attention here, while the copies of later layers' segments, which the
-    engine has issued already, cross the link.
-
-    Args:
-        params, segments, tails: one of each for every layer.
-
-    Returns:
-        Hidden states, and the tails with the token written into them.
-    """
-    written = []
-    for of_layer, held, tail in zip(params, segments, tails, strict=True):
-        h, tail = _decode_layer(definition, of_layer, h, held, tail, place, recompute=recompute)
-        written.append(tail)
-    return h, tuple(written)
-
-
-@functools.partial(jax.jit, static_argnames=("definition", "recompute"))
-def _decode_layer(
-    definition: Definition,
-    params: Params,
     h: Float[Array, "B 1 D"],
     segments: tuple[Segment, ...],
     tail: Segment,
@@ -148,11 +120,42 @@ def _decode_layer(
     *,
     recompute: Recompute,
 ) -> tuple[Float[Array, "B 1 D"], Segment]:
-    """One of `decode_layers`: a function of its own within that, so that a group of layers traces it once."""
-    layer, split = definition.module(params), 1 if isinstance(tail, Activations) else 0
+    """A group of consecutive layers over one new token a sequence.
+
+    Segments of activations are turned back into attention here, while the copies of later layers' segments, which the
+    engine has issued already, cross the link.
+
+    Args:
+        params: of each layer.
+        segments, tail: of the group.
+
+    Returns:
+        Hidden states, and the tail with the token written into it.
+    """
+    tokens, split = [], 1 if isinstance(tail, Activations) else 0
+    for layer, of_this in enumerate(params):
+        held = tuple(of_layer(segment, layer) for segment in (*segments, tail))
+        h, token = _decode_layer(definition, of_this, h, held, place, split=split, recompute=recompute)
+        tokens.append(token)
+    return h, _write(tail, stacked(tokens))
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "split", "recompute"))
+def _decode_layer(
+    definition: Definition,
+    params: Params,
+    h: Float[Array, "B 1 D"],
+    segments: tuple[Segment, ...],
+    place: Place,
+    *,
+    split: int,
+    recompute: Recompute,
+) -> tuple[Float[Array, "B 1 D"], Segment]:
+    """One of `decode_layers`, and its token: a function of its own within that, which a group of layers traces once."""
+    layer = definition.module(params)
     with _precision(h):
-        h, (activations, own) = layer(h, (*segments, tail), place, split=split, recompute=recompute, chunk=1)
-    return h, _write(tail, activations if own is None else own)
+        h, (activations, own) = layer(h, segments, place, split=split, recompute=recompute, chunk=1)
+    return h, activations if own is None else own
 
 
 def _write(tail: Segment, token: Segment) -> Segment:
@@ -160,7 +163,7 @@ def _write(tail: Segment, token: Segment) -> Segment:
     at = token.slots[0] - tail.slots[0]
 
     def put(into: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(into, new, at, axis=0 if new.ndim == 1 else 1)
+        return jax.lax.dynamic_update_slice_in_dim(into, new, at, axis=0 if new.ndim == 1 else TOKENS)
 
     return jax.tree.map(put, tail, token)
 
@@ -189,11 +192,11 @@ def cross_entropy(logits: Float[Array, "B V"], targets: Int[Array, " B"]) -> Flo
 
 @functools.partial(jax.jit, static_argnames=("axis",))
 def concatenate(segments: tuple[Segment, ...], axis: int) -> Segment:
-    """Segments of one form, merged along the batch (axis 0) or along the tokens (axis 1)."""
+    """Groups' segments of one form as one, along their layers, sequences or tokens."""
 
     def join(*arrays: Array) -> Array:
         if arrays[0].ndim == 1:  # slots
-            return jnp.concatenate(arrays) if axis == 1 else arrays[0]
+            return jnp.concatenate(arrays) if axis == TOKENS else arrays[0]
         return jnp.concatenate(arrays, axis)
 
     return jax.tree.map(join, *segments)

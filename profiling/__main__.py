@@ -54,12 +54,15 @@ def layer_rows(measured: Profile) -> list[dict[str, str]]:
     seconds = {
         "a layer, its cache a short tail": measured.base_s,
         "of that, the MLP": measured.mlp_s,
-        "a segment of keys and values": measured.keys_values_s,
-        "a segment of activations, project": measured.project_s,
-        "a segment of activations, absorb": measured.absorb_s,
-        "1000 tokens of it as keys and values": 1000 * measured.keys_values_token_s,
-        "1000 tokens of it as activations, project": 1000 * measured.project_token_s,
-        "1000 tokens of it as activations, absorb": 1000 * measured.absorb_token_s,
+        **{
+            f"{tokens} tokens as {form}": added_s
+            for form, curve in (
+                ("keys and values", measured.keys_values),
+                ("activations, project", measured.project),
+                ("activations, absorb", measured.absorb),
+            )
+            for tokens, added_s in curve
+        },
         "head: embedding, logits, next token": measured.head_s,
         "the host issues a layer's step in": measured.dispatch_s,
         "and each further layer of a call": measured.layer_dispatch_s,

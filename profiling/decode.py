@@ -42,7 +42,7 @@ def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, requ
         **times,
         "recompiled": cache.recompiled,
         "longest_wait_s": cache.longest_wait_s,
-        "cache_host_bytes": sum(map(memory.host_bytes, cache.layers)),
+        "cache_host_bytes": sum(map(memory.host_bytes, cache.groups)),
         "compute_s": compute_s(decoder, cache, logits),
     } | needed(decoder, plan)
 
@@ -74,11 +74,10 @@ def needed(decoder: Decoder, plan: Plan) -> dict[str, Any]:
 
 
 def shortened(decoder: Decoder, plan: Plan) -> Decoder:
-    """The same model with few layers: it compiles all that the whole model needs, since layers share one function."""
+    """The same model with one group of layers: it compiles all that the whole model needs, for they are alike."""
     short = copy.copy(decoder)
-    layers = len(decoder.params)
-    short.params = decoder.params[: engines.group(layers, plan.host_bytes_per_step // layers)]
-    short.config = dataclasses.replace(decoder.config, num_layers=len(short.params))
+    short.params = decoder.params[: plan.group]
+    short.config = dataclasses.replace(decoder.config, num_layers=plan.group)
     return short
 
 
@@ -89,7 +88,7 @@ def run(
     it; the cache and logits at the end."""
     begin = time.perf_counter()
     cache, logits = decoder.prefill(prompts, plan)
-    jax.block_until_ready((cache.layers, logits))
+    jax.block_until_ready((cache.groups, logits))
     prefill_s = time.perf_counter() - begin
     columns, logits = timed_steps(
         lambda tokens: decoder.step(cache, tokens), logits, steps,
@@ -132,12 +131,11 @@ def timed_steps(
 
 
 def compute_s(decoder: Decoder, cache: Cache, logits: Array) -> float:
-    """Median seconds of a step without the link: every layer reads the first one's segments, which are fetched once."""
-    cache.layers = jax.block_until_ready(cache.fetch((0,))) * len(cache.layers)
-    group = cache.engine.group
+    """Median seconds of a step without the link: every group reads the first one's segments, which are fetched once."""
+    cache.groups = [jax.block_until_ready(cache.fetch(0))] * len(cache.groups)
     cache.plan = dataclasses.replace(cache.plan, offloaded=False)  # so that the full tails stay on the device
     cache.flush()
-    cache.engine = engines.Overlapped(group)  # calls as they were
+    cache.engine = engines.Overlapped()  # none of a window's size, since nothing crosses
     tokens = logits.argmax(-1).astype(jnp.int32)
     return timing.median_s(lambda: decoder.step(cache, tokens), trials=max(1, min(5, cache.plan.tail_tokens - 2)))
 

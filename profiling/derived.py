@@ -10,6 +10,7 @@ import json
 import math
 import shlex
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.costs import Costs, Held
-from kvpr_jax.profiling import decode, link, settings
+from kvpr_jax.profiling import curves, decode, settings
 from kvpr_jax.profiling.device import Device, Weights
 
 RESULTS = Path(__file__).with_name("results") / "nvidia-h200"  # in a checkout only
@@ -91,9 +92,9 @@ class Report:
         """What the formulas of `device.py` give for this report's profile alone, inverted."""
         config, n, measured = self.config, self.dtype.itemsize, self.profile
         weights, kv_numbers = self.weights, self.batch * config.num_kv_heads * config.head_dim
-        kv_s = measured["keys_values_token_s"]
-        formed_s = (measured["project_token_s"] - kv_s) / 2
-        reads_s = measured["absorb_token_s"] - weights.projected_dims / config.head_dim * (formed_s + kv_s / 2)
+        kv_s, projected_s, absorbed_s = (token_s(measured, form) for form in ("keys_values", "project", "absorb"))
+        formed_s = (projected_s - kv_s) / 2
+        reads_s = absorbed_s - weights.projected_dims / config.head_dim * (formed_s + kv_s / 2)
 
         def rate(count: int, seconds: float) -> float:
             return count / seconds if seconds > 0 else math.inf  # less than the noise, as one sequence's tokens are
@@ -116,16 +117,25 @@ class Report:
             if fetched == planned
         )
 
-    def copies(self, result: dict[str, Any]) -> int:
-        """Of a layer in a step: activations; keys, values."""
+    def copies(self, result: dict[str, Any]) -> float:
+        """A layer's share of the copies of a step: activations; keys, values. Once each layer had its own."""
         held = _held(result["plan"])
-        return bool(held.activations) + 2 * bool(held.keys_values)
+        return (bool(held.activations) + 2 * bool(held.keys_values)) / result["plan"].get("group", 1)
 
     def predicted_s(self, result: dict[str, Any], device: Device) -> float:
         """The same step by the cost model, on a device."""
-        costs = Costs(self.config, self.dtype.itemsize, self.batch, device.profile(self.config, self.dtype, self.batch))
-        plan = result["plan"]
+        plan, profile = result["plan"], device.profile(self.config, self.dtype, self.batch)
+        costs = Costs(self.config, self.dtype.itemsize, self.batch, profile, plan.get("group", 1))
         return costs.step_s(_held(plan), plan["recompute"], plan["engine"])
+
+
+def token_s(profile: Mapping[str, Any], form: str) -> float:
+    """What a token adds to a segment in this form. Profiles had a line, in place of a curve, up to version 6."""
+    if form not in profile:
+        return profile[f"{form}_token_s"]
+    curve = profile[form]
+    (few, few_s), (many, many_s) = curve[0] if len(curve) > 1 else (0, 0.0), curve[-1]
+    return (many_s - few_s) / (many - few)
 
 
 def _held(plan: dict[str, Any]) -> Held:
@@ -156,7 +166,7 @@ def reports() -> list[Report]:
 def measured(reports: list[Report]) -> Device:
     """The H200 that these reports were measured on."""
     rates = [report.rates() for report in reports]
-    layer_s, weights_bytes_per_s = link.line([(r.weights.layer_bytes, r.profile["base_s"]) for r in reports])
+    layer_s, weights_bytes_per_s = curves.line([(r.weights.layer_bytes, r.profile["base_s"]) for r in reports])
     heads_s = [r.profile["head_s"] - r.weights.head_bytes / weights_bytes_per_s for r in reports]
     issued_s = [
         (report.step_s(result) - report.profile["head_s"]) / report.config.num_layers

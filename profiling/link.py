@@ -1,13 +1,10 @@
 """Bandwidth between pinned host memory and the device, by size of the copy."""
 
 import collections
-import itertools
-import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kvpr_jax import memory
 from kvpr_jax.profiling.timing import issued_s, trials_s
@@ -45,7 +42,7 @@ def copies_s(way: Way, size: int, copies: int) -> float:
     The least of `TRIALS`: what else the machine does only makes them longer.
     """
     here = _segment(size)
-    moves = [] if way == "to_host" else [(memory.fetched, memory.to_host(here))]
+    moves = [] if way == "to_host" else [(lambda there: memory.fetched([there])[0], memory.to_host(here))]
     moves += [] if way == "to_device" else [(memory.to_host, here)]
 
     def in_a_row() -> list[list[jax.Array]]:
@@ -75,43 +72,3 @@ def gb_per_s() -> float:
     """1e9 bytes a second from pinned host memory to the device, of many large copies."""
     size = SIZES[-1] if memory.device_memory_is_host_memory() else LARGE
     return size / copy_s("to_device", size) / 1e9
-
-
-def between(times: list[tuple[int, float]], nbytes: int) -> float:
-    """Seconds of a copy, from (bytes, seconds) of others.
-
-    Between two sizes it is on the line through both, on logarithmic scales; what is larger than all takes its share of
-    the largest one's time, what is smaller than all takes as long as the smallest. None takes longer than a larger one:
-    that was noise, which only makes copies longer.
-    """
-    curve, least_s = [], math.inf
-    for size, seconds in sorted(times, reverse=True):
-        least_s = min(least_s, seconds)
-        curve.append((size, least_s))
-    largest, longest_s = curve[0]
-    if nbytes >= largest:
-        return longest_s * nbytes / largest
-    for (above, above_s), (below, below_s) in itertools.pairwise(curve):
-        if nbytes >= below:
-            return below_s * (above_s / below_s) ** (math.log(nbytes / below) / math.log(above / below))
-    return least_s
-
-
-def line(times: list[tuple[int, float]]) -> tuple[float, float]:
-    """A time in seconds and a rate in bytes per second, from (bytes, seconds): the line of least squared relative
-    errors. Neither is ever negative."""
-    nbytes, seconds = np.array(times, np.float64).T
-    copies, weighted = 1 / seconds, nbytes / seconds  # time · copies + seconds a byte · weighted should be 1
-    per_copy, per_byte = 0.0, 0.0
-    if len(times) > 1:
-        per_copy, per_byte = np.linalg.lstsq(np.stack([copies, weighted], axis=1), np.ones(len(times)))[0]
-    if per_copy < 0 or len(times) == 1:
-        per_copy, per_byte = 0.0, _scale(weighted)
-    elif per_byte <= 0:
-        per_copy, per_byte = _scale(copies), 1e-15
-    return float(per_copy), float(1 / per_byte)
-
-
-def _scale(ratios: np.ndarray) -> float:
-    """The m that brings m · ratio nearest to 1, by least squares."""
-    return float(ratios.sum() / (ratios @ ratios))

@@ -16,7 +16,7 @@ from kvpr_jax import memory
 from kvpr_jax.models.attention import Attention, linear_biases, visible
 from kvpr_jax.plan import Plan
 from kvpr_jax.runtime import Decoder
-from kvpr_jax.segments import Place
+from kvpr_jax.segments import Place, of_layer
 from kvpr_jax.steps import Definition, Params
 
 KeysAndValues = tuple[Float[Array, "B T K d"], Float[Array, "B T K d"]]
@@ -39,10 +39,12 @@ def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], plan: Plan) -> t
     """
     held, logits = decoder.prefill(prompts, plan)
     layers, room = [], [(0, 0), (0, plan.tail_tokens), (0, 0), (0, 0)]
-    for index in range(len(held.layers)):
-        (segment,) = held.layers[index]
-        layers.append((jnp.pad(segment.keys, room), jnp.pad(segment.values, room)))
-        held.layers[index] = ()  # so that no more than one layer is there twice
+    for index in range(len(held.groups)):
+        (group,) = held.groups[index]
+        for layer in range(plan.group):
+            segment = of_layer(group, layer)
+            layers.append((jnp.pad(segment.keys, room), jnp.pad(segment.values, room)))
+        held.groups[index] = ()  # so that no more than one group is there twice
     return memory.placed(Cache(layers, jnp.array([held.length], jnp.int32))), logits
 
 

@@ -23,18 +23,21 @@ from kvpr_jax import memory, steps
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.models import Model, abstract
 from kvpr_jax.models.attention import Recompute
-from kvpr_jax.profiling import link, nvidia
+from kvpr_jax.profiling import curves, link, nvidia
+from kvpr_jax.profiling.curves import Curve
 from kvpr_jax.profiling.timing import issued_s, median_s, trials_s
 from kvpr_jax.sampling import Sampling, prompt_keys
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
-VERSION = 6  # of the file's meaning
-PROBE_TOKENS, PROBE_TOKENS_ON_CPU = 16384, 1024  # over the batch: tokens in the segment whose cost is measured
-FEWER = 8  # times as few in a shorter one, which tells what a segment costs however short
+VERSION = 7  # of the file's meaning
+PROBE_TOKENS, PROBE_TOKENS_ON_CPU = 16384, 1024  # over the batch: tokens in the longest segment that is measured
+FEWER = 8  # times as few in the shortest one
+BETWEEN = (2, 4)  # and in others: projecting is no line, since each length gets the matrix product that suits it
 PROBE_TAIL = 16  # slots in the tail of the steps measured: it costs as much as another segment
 CALLS = 8  # layer steps dispatched together, as the engine does
-LONG_S = 0.1  # of those: more is measured by single calls, so that a slow machine is done in seconds too
-ENOUGH_S = 12.0  # of measuring: then no shorter segments, and in the ways that no plan asks for one size only
+SHORT_S = 0.015  # of those: there are more of them, or what is between the first call and the device counts as theirs
+LONG_S = 0.1  # more is measured by single calls, so that a slow machine is done in seconds too
+ENOUGH_S = 15.0  # of measuring: then no shorter segments, and in the ways that no plan asks for one size only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +50,7 @@ class Profile:
         both: the same of one copy each way, where copies cross in both directions at once.
         base_s: one layer step whose cache is a short tail: projections, norms, MLP, and attention at its least.
         mlp_s: the MLP's part of it.
-        keys_values_s, project_s, absorb_s: what a segment of the cache adds to it in each form, however short.
-        keys_values_token_s, project_token_s, absorb_token_s: and what each of its tokens adds.
+        keys_values, project, absorb: (tokens, seconds) that a segment of the cache adds to it in each form, by length.
         head_s: embedding, logits and sampling of a step.
         dispatch_s, layer_dispatch_s: what the host needs to issue a layer step, and each further layer in one call.
         issue_s: what it needs to issue one of several copies.
@@ -56,17 +58,14 @@ class Profile:
     """
 
     machine: dict[str, str]
-    to_device: list[tuple[int, float]]
-    to_host: list[tuple[int, float]]
-    both: list[tuple[int, float]]
+    to_device: Curve
+    to_host: Curve
+    both: Curve
     base_s: float
     mlp_s: float
-    keys_values_s: float
-    project_s: float
-    absorb_s: float
-    keys_values_token_s: float
-    project_token_s: float
-    absorb_token_s: float
+    keys_values: Curve
+    project: Curve
+    absorb: Curve
     head_s: float
     dispatch_s: float
     layer_dispatch_s: float
@@ -75,17 +74,15 @@ class Profile:
 
     def copy_s(self, nbytes: int) -> float:
         """Seconds that one host-to-device copy adds to others under way."""
-        return link.between(self.to_device, nbytes)
+        return curves.of_copy(self.to_device, nbytes)
 
     def layer_s(self, recompute: Recompute, activations: int, keys_values: int) -> float:
         """Seconds of one layer step over so many tokens in each form, a segment each."""
         seconds = self.base_s
         if activations:
-            projected = self.project_s + activations * self.project_token_s
-            absorbed = self.absorb_s + activations * self.absorb_token_s
-            seconds += projected if recompute == "project" else absorbed
+            seconds += curves.of_segment(self.project if recompute == "project" else self.absorb, activations)
         if keys_values:
-            seconds += self.keys_values_s + keys_values * self.keys_values_token_s
+            seconds += curves.of_segment(self.keys_values, keys_values)
         return seconds
 
 
@@ -115,10 +112,10 @@ def measure(
     one = _some(abstract(dataclasses.replace(config, num_layers=1), dtype))
     probe = PROBE_TOKENS_ON_CPU if memory.device_memory_is_host_memory() else PROBE_TOKENS
     tokens = max(32, min(probe // batch, 2048))
-    few = tokens // FEWER
+    few, *between = (tokens // times for times in (FEWER, *BETWEEN))
     slots = jnp.arange(tokens, dtype=jnp.int32)
-    x = _numbers((batch, tokens, config.hidden_size), dtype)
-    kv = _numbers((batch, tokens, config.num_kv_heads, config.head_dim), dtype)
+    x = _numbers((1, batch, tokens, config.hidden_size), dtype)
+    kv = _numbers((1, batch, tokens, config.num_kv_heads, config.head_dim), dtype)
     activations, keys_values = Activations(x, slots), KeysValues(kv, kv, slots)
     forms: dict[str, tuple[Segment, Recompute]] = {
         "keys_values": (keys_values, "project"), "project": (activations, "project"), "absorb": (activations, "absorb")
@@ -143,6 +140,7 @@ def measure(
         for way in get_args(link.Way)
     }
     needed = {*measurements, *copies["to_device"], *(next(iter(sizes)) for sizes in copies.values())}
+    measurements |= {("project", count): over("project", count) for count in between}
     measurements |= copies["to_device"] | {(form, few): over(form, few) for form in forms}
     measurements |= copies["to_host"] | copies["both"]
     measured: dict[Any, Any] = {}
@@ -156,17 +154,11 @@ def measure(
     compile_s, base_s = measured["empty"]
     dispatch_s = min(measured["dispatch"], base_s)
 
-    def segment_s(form: str) -> tuple[float, float]:
-        """Of a segment, and of each of its tokens: the line through both lengths, neither ever negative."""
-        many_s, few_s = (
-            max(0.0, measured[form, n][1] - base_s) if (form, n) in measured else 0.0 for n in (tokens, few)
-        )
-        begin_s = max(0.0, few_s - few * max(0.0, many_s - few_s) / (tokens - few))
-        return min(begin_s, many_s), max(0.0, many_s - begin_s) / tokens
+    def by_length(form: str) -> Curve:
+        lengths = [count for count in sorted({few, *between, tokens}) if (form, count) in measured]
+        return [(count, max(0.0, measured[form, count][1] - base_s)) for count in lengths]
 
-    fitted = {form: segment_s(form) for form in forms}
-
-    def by_size(way: link.Way) -> list[tuple[int, float]]:
+    def by_size(way: link.Way) -> Curve:
         return [(size, measured[way, size]) for size in link.sizes(way) if (way, size) in measured]
 
     return Profile(
@@ -176,8 +168,9 @@ def measure(
         both=by_size("both"),
         base_s=base_s,
         mlp_s=min(measured["mlp"], base_s),
-        **{f"{form}_s": begin_s for form, (begin_s, _) in fitted.items()},
-        **{f"{form}_token_s": token_s for form, (_, token_s) in fitted.items()},
+        keys_values=by_length("keys_values"),
+        project=by_length("project"),
+        absorb=by_length("absorb"),
         head_s=measured["head"],
         dispatch_s=dispatch_s,
         layer_dispatch_s=min(max(0.0, measured["dispatch of two"] - dispatch_s), dispatch_s),
@@ -201,24 +194,21 @@ def _some(model: Model) -> Model:
 def _calls(
     model: Model, batch: int, segments: tuple[Segment, ...], recompute: Recompute = "project", layers: int = 1
 ) -> Callable[[int], jax.Array]:
-    """A function that issues so many steps of one layer over these segments, one after the other, or so many calls of
-    several such layers."""
+    """A function that issues so many calls, each of one layer, or of several, over these segments of theirs."""
     config, dtype = model.config, model.dtype
-    shape = (batch, PROBE_TAIL, config.num_kv_heads, config.head_dim)
+    shape = (layers, batch, PROBE_TAIL, config.num_kv_heads, config.head_dim)
     slots = 2**20 + jnp.arange(PROBE_TAIL, dtype=jnp.int32)
     place = memory.placed(Place(slots[:1], None))
     h = memory.placed(jnp.ones((batch, 1, config.hidden_size), dtype))
-    tails: tuple[Segment, ...] = tuple(
-        memory.placed(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots.copy())) for _ in range(layers)
-    )
+    tail: Segment = memory.placed(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots))
     definition, params = steps.split_module(model.layers[0])
 
     def calls(count: int) -> jax.Array:
-        nonlocal tails
+        nonlocal tail
         out = h
         for _ in range(count):
-            out, tails = steps.decode_layers(
-                definition, (params,) * layers, out, (segments,) * layers, tails, place, recompute=recompute
+            out, tail = steps.decode_layers(
+                definition, (params,) * layers, out, segments, tail, place, recompute=recompute
             )
         return out
 
@@ -230,7 +220,8 @@ def _run_s(calls: Callable[[int], Any]) -> tuple[float, float]:
     first_s, *later = trials_s(lambda: calls(1), trials=3, warm_up=0)
     run_s = min(later)
     if CALLS * run_s < LONG_S:
-        run_s = median_s(lambda: calls(CALLS)) / CALLS
+        count = max(CALLS, math.ceil(SHORT_S / run_s))
+        run_s = median_s(lambda: calls(count)) / count
     return max(0.0, first_s - run_s), run_s
 
 
@@ -295,9 +286,13 @@ def parsed(fields: Any) -> Profile:
         if not all(isinstance(value, str) for value in values[name].values()):
             raise ValueError("texts are wanted")
         for name in get_args(link.Way):
-            values[name] = [(int(size), _seconds(seconds)) for size, seconds in values[name]]
-            if not values[name] or min(map(min, values[name])) <= 0:
+            values[name] = _curve(values[name])
+            if min(map(min, values[name])) <= 0:
                 raise ValueError("copies take bytes and seconds")
+        for name in ("keys_values", "project", "absorb"):
+            values[name] = _curve(values[name])
+            if min(tokens for tokens, _ in values[name]) <= 0:
+                raise ValueError("segments have tokens")
         for name in {field.name for field in dataclasses.fields(Profile) if field.type is float}:
             values[name] = _seconds(values[name])
         if not values[name := "base_s"]:
@@ -318,6 +313,14 @@ def check_names(of: type, fields: Any) -> None:
             f"a {of.__name__} "
             + " and ".join(f"{how} {', '.join(sorted(names))}" for how, names in parts.items() if names)
         )
+
+
+def _curve(pairs: Any) -> Curve:
+    """Stored times by size; ValueError for none at all, and for two of one size."""
+    curve = [(int(size), _seconds(seconds)) for size, seconds in pairs]
+    if not curve or len(curve) > len(dict(curve)):
+        raise ValueError("times of different sizes are wanted")
+    return curve
 
 
 def _seconds(value: Any) -> float:

@@ -51,21 +51,30 @@ def leave(cache: Cache, resident: Sequence[int]) -> None:
     Args:
         resident: tokens of each layer that stay, its last ones.
     """
-    (segment,) = cache.layers[0]
+    (segment,) = cache.groups[0]
     sent = [segment.tokens - stay for stay in resident]
     token_bytes = segment.nbytes // segment.tokens
     memory.reserve_pinned(sum(sent) * token_bytes, max(sent) * token_bytes // 2)  # keys and values are apart
-    for layer, count in enumerate(sent):
-        (segment,) = cache.layers[layer]
+    for group, count in enumerate(sent):
+        (segment,) = cache.groups[group]
         host = (memory.to_host(segment[:count]),) if count else ()
-        cache.layers[layer] = jax.block_until_ready((*host, *((segment[count:],) if resident[layer] else ())))
-    cache.bytes_per_step = sum(map(memory.host_bytes, cache.layers))
-    cache.engine = engines.engine_for("overlapped", len(sent), max(map(memory.host_bytes, cache.layers)))
+        cache.groups[group] = jax.block_until_ready((*host, *((segment[count:],) if resident[group] else ())))
+    cache.bytes_per_step = sum(map(memory.host_bytes, cache.groups))
+    cache.engine = engines.engine_for("overlapped", max(map(memory.host_bytes, cache.groups)))
 
 
 def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, resident: Sequence[int]) -> dict[str, Any]:
-    """Time every step with so many tokens of each layer on the device, once all is compiled; there is no flush."""
+    """Time every step with so many tokens of each layer on the device, once all is compiled; there is no flush.
+
+    Raises:
+        ValueError: layers are so small that they go in groups.
+    """
     plan = decoder.plan(prompts, decode.WARM_UP_STEPS + steps + 1, Request(offload="none"))
+    if plan.group > 1:
+        raise ValueError(
+            f"prompts of {plan.cached_tokens} tokens in a batch of {plan.batch} are so few that {plan.group} layers go "
+            "together: give more, so that a layer can stay on the device by itself"
+        )
     cache, logits = decoder.prefill(prompts, plan)
     leave(cache, resident)
 

@@ -42,9 +42,9 @@ FIGURES = {  # what is shown of a device: heading, unit
 }
 MEASURED = {  # what is shown of a profile
     "base_s": "layer",
-    "keys_values_token_s": "token as keys and values",
-    "project_token_s": "token, project",
-    "absorb_token_s": "token, absorb",
+    "keys_values": "token as keys and values",
+    "project": "token, project",
+    "absorb": "token, absorb",
     "head_s": "embedding and LM head",
 }
 
@@ -167,7 +167,8 @@ def page(argv: Sequence[str], setting: str, gained: str) -> str:
     for each in reports:
         found = h200.profile(each.config, each.dtype, each.batch)
         profiles.append({"report": each.name} | {
-            heading: _beside(each.profile[name], getattr(found, name)) for name, heading in MEASURED.items()
+            heading: _beside(*(_time_s(of, name) for of in (each.profile, vars(found))))
+            for name, heading in MEASURED.items()
         })  # fmt: skip
         for result in each.results:
             plan, measured_s, predicted_s = result["plan"], each.step_s(result), each.predicted_s(result, h200)
@@ -196,6 +197,11 @@ def page(argv: Sequence[str], setting: str, gained: str) -> str:
         median=f"{statistics.median(errors):.1%}",
         most=f"{max(errors):.1%}",
     )
+
+
+def _time_s(profile: Mapping[str, Any], name: str) -> float:
+    """A time of a profile's, or what a token adds by one of its curves."""
+    return profile[name] if name.endswith("_s") else derived.token_s(profile, name)
 
 
 def _beside(measured_s: float, found_s: float) -> str:

@@ -1,10 +1,10 @@
 """The XLA side of the overlap study: the same decode step in each form that XLA's asynchronous copies can take.
 
-    device_put          copies issued by themselves, then the layers' step: `engines.Overlapped`, kvpr_jax's own
+    device_put          copies issued by themselves, then the layer's step: `engines.Overlapped`, kvpr_jax's own
     in the layer step   the next layer's copies within the layer's step
     in one step         all layers and their copies in one compiled function, which is compiled for each model and shape
 
-Run by `profiling/overlap.py`, in a process without PyTorch.
+Each layer is a group of its own. Run by `profiling/overlap.py`, in a process without PyTorch.
 """
 
 import collections
@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,9 @@ class Host:
     segments: list[tuple[Segment, ...]]
     issuing: Stopwatch
 
-    def fetch(self, layers: Sequence[int]) -> list[tuple[Segment, ...]]:
+    def fetch(self, group: int) -> tuple[Segment, ...]:
         with self.issuing:
-            return memory.fetched([self.segments[layer] for layer in layers])
+            return memory.fetched(self.segments[group])
 
 
 @jax.jit
@@ -83,7 +83,7 @@ def layer_step(
     fetched = memory.arriving(ahead)
     if recompute is None:
         return touched(h, segments), tail, fetched
-    h, (tail,) = steps.decode_layers(definition, (params,), h, (segments,), (tail,), place, recompute=recompute)
+    h, tail = steps.decode_layers(definition, (params,), h, segments, tail, place, recompute=recompute)
     return h, tail, fetched
 
 
@@ -112,9 +112,26 @@ def whole_step(
         if recompute is None:
             h = touched(h, segments)
         else:
-            h, (tail,) = steps.decode_layers(
-                definition, (of_layer,), h, (segments,), (tail,), place, recompute=recompute
-            )
+            h, tail = steps.decode_layers(definition, (of_layer,), h, segments, tail, place, recompute=recompute)
+        written.append(tail)
+    return h, tuple(written)
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "recompute"), donate_argnames=("tails",))
+def whole_step_alone(
+    definition: steps.Definition,
+    params: tuple[steps.Params, ...],
+    h: Array,
+    segments: tuple[Segment, ...],
+    tails: tuple[Segment, ...],
+    place: Place,
+    *,
+    recompute: Recompute,
+) -> tuple[Array, tuple[Segment, ...]]:
+    """All layers in one function, over the same segments, which are on the device."""
+    written = []
+    for of_layer, tail in zip(params, tails, strict=True):
+        h, tail = steps.decode_layers(definition, (of_layer,), h, segments, tail, place, recompute=recompute)
         written.append(tail)
     return h, tuple(written)
 
@@ -163,12 +180,12 @@ class Decoding:
             return jax.random.normal(jax.random.key(0), shape, dtype)
 
         def keys_values(first: int, tokens: int) -> KeysValues:
-            shape = (batch, tokens, config.num_kv_heads, config.head_dim)
+            shape = (1, batch, tokens, config.num_kv_heads, config.head_dim)
             return KeysValues(random(*shape), random(*shape), jnp.arange(first, first + tokens, dtype=jnp.int32))
 
         held: list[Segment] = []
         if setting.split:
-            x = random(batch, setting.split, config.hidden_size)
+            x = random(1, batch, setting.split, config.hidden_size)
             held.append(Activations(x, jnp.arange(setting.split, dtype=jnp.int32)))
         if streamed:
             held.append(keys_values(setting.split, streamed))
@@ -185,7 +202,7 @@ class Decoding:
 
     def engine(self) -> engines.Sequential | engines.Overlapped:
         """A new one, kvpr_jax's own."""
-        return engines.engine_for("overlapped", self.count, self.layer_bytes)
+        return engines.engine_for("overlapped", self.layer_bytes)
 
     def step(self, engine: engines.Sequential | engines.Overlapped) -> Array:
         """A step by the engine; `issuing` has the seconds that the host does not wait."""
@@ -206,7 +223,7 @@ class Decoding:
         """Layer after layer, over segments that are on the device."""
         h, compute = self.h, self.decoder.compute(self.tails, self.place, self.recompute)
         for layer in range(self.count):
-            h = compute((layer,), h, (self.on_device,))
+            h = compute(layer, h, self.on_device)
         return h
 
     def in_layer_steps(self, recompute: Recompute | None) -> Array:
@@ -237,8 +254,13 @@ class Decoding:
 
     def whole_alone(self) -> Array:
         """All layers in one compiled function, over segments that are on the device."""
-        compute = self.decoder.compute(self.tails, self.place, self.recompute)
-        return compute(range(self.count), self.h, [self.on_device] * self.count)
+        decoder = self.decoder
+        h, tails = whole_step_alone(
+            decoder.layer, tuple(decoder.params), self.h, self.on_device, tuple(self.tails), self.place,
+            recompute=self.recompute,
+        )  # fmt: skip
+        self.tails = list(tails)
+        return h
 
 
 def measure(decoding: Decoding) -> list[Measured]:

@@ -18,7 +18,7 @@ import jax
 import pytest
 
 from helpers import profile
-from kvpr_jax import compiling, evaluate
+from kvpr_jax import compiling, costs, evaluate
 from kvpr_jax.generate import __main__ as generate_cli
 from kvpr_jax.profiling import profile as profiles
 
@@ -40,6 +40,12 @@ def _given_profile(monkeypatch, tmp_path):
     monkeypatch.setattr(profiles, "load_or_measure", lambda config, dtype, batch, progress=None: profile())
     for module in (generate_cli, evaluate):
         monkeypatch.setattr(module, "keep_compiled", lambda arguments: None)
+
+
+@pytest.fixture(autouse=True)
+def _layer_by_layer(monkeypatch):
+    """Functions of several layers take long to compile here: layers go in groups in tests that ask for it."""
+    monkeypatch.setattr(costs, "GROUP", 1)
 
 
 @pytest.fixture(autouse=True)

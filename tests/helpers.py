@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kvpr_jax import engines
+from kvpr_jax import costs
 from kvpr_jax.cache import Cache
 from kvpr_jax.models import Model, llama, opt
 from kvpr_jax.models.positions import Rope
@@ -60,12 +60,9 @@ def profile(**changes: object) -> Profile:
         both=[(2**20, 2e-4), (2**26, 1.28e-2)],
         base_s=1e-4,
         mlp_s=6e-5,
-        keys_values_s=0.0,
-        project_s=0.0,
-        absorb_s=0.0,
-        keys_values_token_s=1e-7,
-        project_token_s=1e-6,
-        absorb_token_s=2e-7,
+        keys_values=[(1, 1e-7)],
+        project=[(1, 1e-6)],
+        absorb=[(1, 2e-7)],
         head_s=1e-3,
         dispatch_s=2e-5,
         layer_dispatch_s=1e-5,
@@ -76,15 +73,13 @@ def profile(**changes: object) -> Profile:
 
 
 def each_engine(monkeypatch, grouped: bool) -> Iterator[str]:
-    """What to request for each engine of a cache on the host, of those that share a compiled step.
+    """What to request for each engine of a cache on the host.
 
     Args:
-        grouped: the one that computes small layers together, or those that go layer by layer.
+        grouped: whether small layers go together.
     """
-    monkeypatch.setattr(engines, "GROUP", 8 if grouped else 1)
-    yield "overlapped"
-    if not grouped:
-        yield "sequential"
+    monkeypatch.setattr(costs, "GROUP", 8 if grouped else 1)
+    yield from ("overlapped", "sequential")
 
 
 def random_model(config, dtype: str = "float32", seed: int = 0, scale: float = 3.0) -> Model:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 import helpers
-from kvpr_jax import checkpoint, engines, memory, scheduler, steps
+from kvpr_jax import checkpoint, costs, engines, memory, scheduler, steps
 from kvpr_jax.plan import Request
 from kvpr_jax.profiling import decode, link, matmul, plain, residency, settings
 from kvpr_jax.profiling import profile as profiles
@@ -144,6 +144,7 @@ def test_few_steps_warm_up(monkeypatch):
 
 def test_compute_alone_is_that_of_the_steps_calls(monkeypatch):
     """Of as many layers each, over segments that do not move."""
+    monkeypatch.setattr(costs, "GROUP", 8)
     decoder, prompts = Decoder(helpers.random_model(helpers.OPT)), [[3, 4, 5]]
     _, cache, logits = decode.run(decoder, prompts, decoder.plan(prompts, 5, Request("2")), 2)
     seen, compute = [], steps.decode_layers
@@ -235,9 +236,9 @@ def test_every_arrangement_decodes_the_same_and_moves_the_same_bytes():
     for stay in residency.arrangements(4, 10, 50).values():
         cache, _ = decoder.prefill(prompts, decoder.plan(prompts, 4, Request(offload="none")))
         residency.leave(cache, stay)
-        on_device = [sum(s.tokens for s in segments if not memory.on_host(s)) for segments in cache.layers]
+        on_device = [sum(s.tokens for s in segments if not memory.on_host(s)) for segments in cache.groups]
         assert on_device == stay and isinstance(cache.engine, engines.Overlapped)
-        assert cache.bytes_per_step == sum(map(memory.host_bytes, cache.layers))
+        assert cache.bytes_per_step == sum(map(memory.host_bytes, cache.groups))
         assert cache.bytes_per_step == 4 * 2 * 5 * config.kv_width * 4
         for index in range(3):
             helpers.assert_close(decoder.step(cache, jnp.asarray(tokens[:, index])), expected[index + 1])

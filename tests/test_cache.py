@@ -34,15 +34,15 @@ def new_cache(split: int | None, offload: str = "all", machine: Profile = profil
     held = [filled(Activations, slots[:split])] if split else []
     held += [filled(KeysValues, slots[split:])] if split < PROMPT else []
     place = memory.to_host if plan.offloaded else memory.placed
-    layers = [tuple(place(segment) for segment in held) for _ in range(CONFIG.num_layers)]
-    return Cache(CONFIG, jnp.dtype("float32"), plan, layers, PROMPT, None)
+    groups = [tuple(place(segment) for segment in held) for _ in range(CONFIG.num_layers)]
+    return Cache(CONFIG, jnp.dtype("float32"), plan, groups, PROMPT, None)
 
 
 def filled(form, slots):
-    values = slots.astype(jnp.float32)[None, :, None, None]
+    values = slots.astype(jnp.float32)[None, None, :, None, None]
     if form is Activations:
-        return Activations(jnp.broadcast_to(values[..., 0], (BATCH, len(slots), 44)), slots)
-    kv = jnp.broadcast_to(values, (BATCH, len(slots), 4, 11))
+        return Activations(jnp.broadcast_to(values[..., 0], (1, BATCH, len(slots), 44)), slots)
+    kv = jnp.broadcast_to(values, (1, BATCH, len(slots), 4, 11))
     return KeysValues(kv, -kv, slots)
 
 
@@ -61,7 +61,7 @@ def grow(cache: Cache, tails: int) -> None:
 def test_a_pure_split_stays_pure(split, form):
     cache = new_cache(split)
     grow(cache, 11)
-    assert all(isinstance(segment, form) for layer in cache.layers for segment in (*layer, *cache.tails))
+    assert all(isinstance(segment, form) for group in cache.groups for segment in (*group, *cache.tails))
 
 
 @pytest.mark.parametrize("split", [1, 2, 4, 6, 7])
@@ -82,16 +82,16 @@ def test_large_segments_are_not_merged(split, monkeypatch):
     numbers = cache.config.activation_width if split else cache.config.kv_width
     monkeypatch.setattr(plans, "MERGE_BYTES", BATCH * MERGE * TAIL * numbers * 4)
     grow(cache, 4 * MERGE + 1)
-    sizes = [segment.tokens for segment in cache.layers[0]]
+    sizes = [segment.tokens for segment in cache.groups[0]]
     assert sorted(sizes) == sorted([PROMPT, *[MERGE * TAIL] * 4, TAIL])
 
 
 @pytest.mark.parametrize("split", [0, PROMPT])
-def test_what_becomes_one_is_given_up_by_all_layers_before_it_goes_to_the_host(split, monkeypatch):
+def test_what_becomes_one_is_given_up_by_all_groups_before_it_goes_to_the_host(split, monkeypatch):
     """Otherwise it finds no room in the pool of pinned memory between what is left, and the pool doubles."""
     cache, moved = new_cache(split), []
     grow(cache, MERGE - 1)
-    before = [weakref.ref(leaf) for layer in cache.layers for segment in layer[1:] for leaf in jax.tree.leaves(segment)]
+    before = [weakref.ref(leaf) for group in cache.groups for segment in group[1:] for leaf in jax.tree.leaves(segment)]
     assert len(before) == CONFIG.num_layers * (MERGE - 1) * (2 if split else 3)
     assert not any(ref() is None for ref in before)
     to_host = memory.to_host
@@ -111,13 +111,13 @@ def test_segments_grow_with_the_logarithm_of_the_tokens_and_lose_none(split):
     for tails in range(1, 70):
         grow(cache, 1)
         for form in (Activations, KeysValues):
-            sizes = [segment.tokens for segment in cache.layers[0] if isinstance(segment, form)]
+            sizes = [segment.tokens for segment in cache.groups[0] if isinstance(segment, form)]
             assert max((sizes.count(size) for size in sizes), default=0) < MERGE, (tails, sizes)
-    assert len(cache.layers[0]) <= 2 * (1 + 3 * 4)
-    for layer in cache.layers:
-        slots = np.concatenate([np.asarray(segment.slots) for segment in layer])
+    assert len(cache.groups[0]) <= 2 * (1 + 3 * 4)
+    for group in cache.groups:
+        slots = np.concatenate([np.asarray(segment.slots) for segment in group])
         np.testing.assert_array_equal(np.sort(slots), np.arange(PROMPT + 69 * TAIL))
-        for segment in layer:  # the numbers moved with their slots
+        for segment in group:  # the numbers moved with their slots
             assert memory.on_host(segment)
             first = segment.x[..., 0] if isinstance(segment, Activations) else segment.keys[..., 0, 0]
             np.testing.assert_array_equal(first, np.broadcast_to(np.asarray(segment.slots), first.shape))
@@ -127,7 +127,7 @@ def test_a_link_that_stays_slow_is_told_once_and_later_tails_are_smaller():
     """Keys and values at first, since projecting is dear here. Behind the next tail, which may be compiled for already,
     what was measured says otherwise."""
     host = {"head_s": 0.0, "dispatch_s": 0.0, "layer_dispatch_s": 0.0, "issue_s": 0.0}
-    dear = profile(base_s=0.0, keys_values_token_s=1e-9, project_token_s=1e-3, **host)
+    dear = profile(base_s=0.0, keys_values=[(1, 1e-9)], project=[(1, 1e-3)], **host)
     cache = new_cache(None, machine=dear)
     grow(cache, 2)
     assert cache.plan.split == 0 and cache.tokens()["activations"] == 0 and isinstance(cache.tails[0], KeysValues)
@@ -154,7 +154,7 @@ def test_a_step_is_predicted_with_its_tail_in_its_own_form(split):
     held = Held(split, PROMPT - split, *((0, TAIL) if split else (TAIL, 0)))
     assert cache.predicted_step_s == cache.plan.step_s(held) != cache.plan.step_s(Held(split, PROMPT - split))
     given = cache.plan.costs.profile
-    each_s = given.project_token_s if split else given.keys_values_token_s
+    ((_, each_s),) = given.project if split else given.keys_values
     link_s = cache.plan.costs.link_s(split, PROMPT - split)
     compute_s = given.base_s + (PROMPT + TAIL) * each_s
     assert link_s < compute_s
@@ -174,17 +174,16 @@ def test_bytes_are_those_of_the_segments_on_the_host(monkeypatch):
     monkeypatch.setattr(jax, "device_put", lambda *given: calls.append(given) or put(*given))
     expected = CONFIG.num_layers * BATCH * (3 * 44 + 5 * 88) * 4
     assert cache.bytes_per_step == expected
-    for layers in ([1], [0, 1]):
-        fetched, there = cache.fetch(layers), [cache.layers[layer] for layer in layers]
-        assert not any(memory.on_host(segment) for segments in fetched for segment in segments)
-        for host, device in zip(jax.tree.leaves(there), jax.tree.leaves(fetched), strict=True):
-            np.testing.assert_array_equal(host, device)
-    assert len(calls) == 2  # one for all the layers together
+    fetched = cache.fetch(1)
+    assert not any(memory.on_host(segment) for segment in fetched)
+    for host, device in zip(jax.tree.leaves(cache.groups[1]), jax.tree.leaves(fetched), strict=True):
+        np.testing.assert_array_equal(host, device)
+    assert len(calls) == 1  # one for all the segments together
 
 
 def test_a_cache_that_is_not_offloaded_stays_on_the_device():
     cache = new_cache(0, offload="none")
     grow(cache, MERGE + 1)
-    assert not any(memory.on_host(segment) for layer in cache.layers for segment in layer)
-    assert cache.fetch([0, 1]) == cache.layers  # the same objects
+    assert not any(memory.on_host(segment) for group in cache.groups for segment in group)
+    assert [cache.fetch(0), cache.fetch(1)] == cache.groups  # the same objects
     assert cache.bytes_per_step == 0

@@ -105,7 +105,7 @@ def test_float32_equals_transformers(name, split, recompute, tail, monkeypatch):
         assert_close(logits, golden.logits)
         flushes = (new_tokens - 2) // tail
         assert plan.split == split and flushes >= 2
-        assert sum(segment.tokens for segment in cache.layers[0]) == PROMPT + flushes * tail
+        assert sum(segment.tokens for segment in cache.groups[0]) == PROMPT + flushes * tail
 
 
 def forced_logits(decoder: Decoder, golden: Golden, request: Request) -> np.ndarray:

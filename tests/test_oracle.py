@@ -91,7 +91,7 @@ def test_greedy_text_equals_transformers(reference, name, split, recompute, tail
         assert_close(logits, expected.logits)
         flushes = (make_golden.NEW_TOKENS - 2) // tail
         assert plan.split == split and flushes >= 2
-        assert sum(segment.tokens for segment in cache.layers[0]) == PROMPT + flushes * tail
+        assert sum(segment.tokens for segment in cache.groups[0]) == PROMPT + flushes * tail
 
 
 @pytest.mark.parametrize("name", make_golden.CASES)

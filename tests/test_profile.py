@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from helpers import OPT, profile
 from kvpr_jax import checkpoint, command_line, memory
-from kvpr_jax.profiling import link, nvidia
+from kvpr_jax.profiling import curves, link, nvidia
 from kvpr_jax.profiling import profile as profiles
 from kvpr_jax.segments import KeysValues
 
@@ -65,7 +65,9 @@ def test_a_measured_profile_is_plausible_and_read_back(monkeypatch, small):
     assert all(seconds > 0 for _, seconds in measured.to_device + measured.to_host + measured.both)
     assert [size for size, _ in measured.to_host] == [size for size, _ in measured.both] == [2**16, 2**20]
     assert measured.base_s > 0 and measured.head_s > 0 and measured.compile_s > measured.base_s
-    assert min(measured.keys_values_token_s, measured.project_token_s, measured.absorb_token_s) >= 0
+    assert [tokens for tokens, _ in measured.project] == [8, 16, 32, 64]
+    assert [tokens for tokens, _ in measured.keys_values] == [tokens for tokens, _ in measured.absorb] == [8, 64]
+    assert all(seconds >= 0 for _, seconds in measured.keys_values + measured.project + measured.absorb)
     monkeypatch.setattr(profiles, "measure", lambda *_: pytest.fail("measured again"))
     assert load_or_measure(OPT, FLOAT32, 2) == measured
 
@@ -82,8 +84,10 @@ def test_a_measured_profile_is_plausible_and_read_back(monkeypatch, small):
     lambda text: text.replace("0.0064", "0.0"),
     lambda text: text.replace("67108864", "Infinity"),
     lambda text: json.dumps(json.loads(text) | {"to_device": []}),
+    lambda text: json.dumps(json.loads(text) | {"project": [[8, 1.0], [8, 2.0]]}),
+    lambda text: json.dumps(json.loads(text) | {"absorb": [[0, 1.0]]}),
 ], ids=["truncated", "not an object", "renamed field", "other batch", "not a number", "negative", "not finite",
-        "a step of no time",        "no time", "no size", "no copies"])  # fmt: skip
+        "a step of no time", "no time", "no size", "no copies", "one length twice", "no tokens"])  # fmt: skip
 def test_a_damaged_or_foreign_file_is_measured_again(damage, key, monkeypatch):
     path = profiles.path_of(key)
     fresh = profile(machine=key)
@@ -158,8 +162,8 @@ def test_noise_is_no_time_of_a_copy(monkeypatch):
 
 def test_copies_go_where_they_are_said_to(monkeypatch):
     moved = []
-    for name in ("fetched", "to_host"):
-        monkeypatch.setattr(memory, name, lambda segment, name=name: moved.append(name) or segment)
+    for name in ("fetched", "to_host"):  # segments, and a segment
+        monkeypatch.setattr(memory, name, lambda there, name=name: moved.append(name) or there)
     monkeypatch.setattr(link, "trials_s", lambda copies, _: [2.0, float(len(copies())), 3.0])
     for way, expected in (
         ("to_device", ["to_host", "fetched", "fetched"]),
@@ -174,10 +178,10 @@ def test_copies_go_where_they_are_said_to(monkeypatch):
 def test_a_few_copies_are_under_way_at_once(monkeypatch):
     under_way, most = [], []
 
-    def fetched(segment):
-        under_way.append(segment)
+    def fetched(segments):
+        under_way.append(segments)
         most.append(len(under_way))
-        return segment
+        return segments
 
     monkeypatch.setattr(memory, "fetched", fetched)
     monkeypatch.setattr(jax, "block_until_ready", lambda _: under_way.pop())
@@ -189,14 +193,14 @@ def test_a_few_copies_are_under_way_at_once(monkeypatch):
 def test_progress_reaches_its_total(small):
     calls = []
     profiles.measure(OPT, FLOAT32, 2, lambda done, total: calls.append((done, total)))
-    total = 7 + 5 + 2 + 2 + 2  # layers; issuing a step, one of two layers and copies, MLP, head; each way and both
+    total = 9 + 5 + 2 + 2 + 2  # layers; issuing a step, one of two layers and copies, MLP, head; each way and both
     assert calls == [(done, total) for done in range(1, total + 1)]
 
 
 @pytest.mark.parametrize("enough_s, few", [(60.0, True), (0.0, False)])
-def test_a_segment_and_its_tokens_are_told_apart(small, enough_s, few, monkeypatch):
-    """By a shorter one, where there is time for it; otherwise the tokens have to account for all."""
-    costs = {"keys_values": (1e-4, 1e-6), "project": (0.0, 5e-6), "absorb": (3e-4, 2e-6)}
+def test_segments_are_measured_by_length(small, enough_s, few, monkeypatch):
+    """Shorter ones where there is time for them."""
+    costs = {"keys_values": (1e-4, 1e-6), "project": (0.0, 5e-6), "absorb": (-2.0, 2e-6)}
 
     def run_s(calls):
         segments, recompute, layers = calls
@@ -204,6 +208,7 @@ def test_a_segment_and_its_tokens_are_told_apart(small, enough_s, few, monkeypat
         if not segments:
             return 2.0, 1e-3
         begin_s, token_s = costs["keys_values" if isinstance(segments[0], KeysValues) else recompute]
+        assert all(array.shape[:2] == (1, 2) for array in segments[0].arrays.values())
         return 2.0, 1e-3 + begin_s + token_s * segments[0].tokens
 
     monkeypatch.setattr(profiles, "ENOUGH_S", enough_s)
@@ -215,17 +220,34 @@ def test_a_segment_and_its_tokens_are_told_apart(small, enough_s, few, monkeypat
     for name in ("_mlp_s", "_head_s"):
         monkeypatch.setattr(profiles, name, lambda *_: 0.0)
     measured = profiles.measure(OPT, FLOAT32, 2)
-    tokens = 128 // 2
     for form, (begin_s, token_s) in costs.items():
-        expected = (begin_s, token_s) if few else (0.0, token_s + begin_s / tokens)
-        found = getattr(measured, f"{form}_s"), getattr(measured, f"{form}_token_s")
-        assert found == pytest.approx(expected, abs=1e-12)
+        lengths = ([8, 16, 32, 64] if form == "project" else [8, 64]) if few else [64]
+        curve = getattr(measured, form)
+        assert [tokens for tokens, _ in curve] == lengths
+        assert [seconds for _, seconds in curve] == pytest.approx([max(0.0, begin_s + n * token_s) for n in lengths])
     assert (measured.compile_s, measured.base_s) == (2.0, 1e-3)
     assert (measured.dispatch_s, measured.layer_dispatch_s) == pytest.approx((1.4e-4, 4e-5))
-    given = dataclasses.replace(measured, keys_values_s=1.0, project_s=2.0, absorb_s=4.0, base_s=8.0)
+    given = profile(keys_values=[(1, 1.0)], project=[(1, 2.0)], absorb=[(1, 4.0)], base_s=8.0)
     for way, held, whole in (("project", (0, 0), 8), ("project", (1, 0), 10), ("absorb", (1, 0), 12),
-                             ("absorb", (0, 1), 9), ("project", (1, 1), 11)):  # fmt: skip
-        assert given.layer_s(way, *held) == pytest.approx(whole, abs=1e-2)
+                             ("absorb", (0, 1), 9), ("project", (1, 2), 12)):  # fmt: skip
+        assert given.layer_s(way, *held) == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("times, expected", [
+    ([(8, 4.0)], {2: 1.0, 8: 4.0, 16: 8.0}),
+    ([(8, 4.0), (16, 5.0)], {1: 3.125, 8: 4.0, 12: 4.5, 16: 5.0, 32: 7.0}),
+    ([(8, 4.0), (16, 12.0), (32, 14.0)], {2: 1.0, 8: 4.0, 12: 8.0, 16: 12.0, 24: 13.0, 32: 14.0, 64: 18.0}),
+    ([(32, 14.0), (8, 20.0), (16, 12.0)], {4: 12.0, 8: 12.0, 16: 12.0, 24: 13.0}),  # 20.0 was noise
+])  # fmt: skip
+def test_other_lengths_are_on_lines_through_those_measured(times, expected):
+    assert {tokens: curves.of_segment(times, tokens) for tokens in expected} == pytest.approx(expected)
+
+
+@given(st.lists(st.floats(0.0, 1e-2), min_size=1, max_size=4))
+def test_no_segment_takes_longer_than_a_longer_one(seconds):
+    lengths = (8, 64, 100, 512)
+    times = [curves.of_segment([*zip(lengths, seconds, strict=False)], tokens) for tokens in range(1, 1000, 7)]
+    assert all(0 <= shorter <= longer * (1 + 1e-9) + 1e-15 for shorter, longer in itertools.pairwise(times))
 
 
 def test_long_steps_are_measured_by_few_calls(monkeypatch):
@@ -298,8 +320,8 @@ def test_the_command_measures_stores_and_shows(small, gpu, monkeypatch, capsys):
                  "| link | PCIe 5.0 x8 now, 5.0 x16 at most. The link has",
                  "| free pinned host memory |", "| 0.0625 MiB |", "| and each further layer of a call |",
                  f"| a layer, its cache a short tail | {stored.base_s * 1e3:.3f} |",
-                 f"| a segment of activations, absorb | {stored.absorb_s * 1e3:.3f} |",
-                 f"| 1000 tokens of it as activations, absorb | {stored.absorb_token_s * 1e6:.3f} |",
+                 *(f"| {tokens} tokens as activations, project | {seconds * 1e3:.3f} |"
+                   for tokens, seconds in stored.project),
                  "There is no GPU"):  # fmt: skip
         assert line in printed
     cells = [

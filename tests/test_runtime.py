@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from helpers import CONFIGS, GQA, LLAMA, OPT, assert_close, greedy, random_model, random_prompts
-from kvpr_jax import compiling, engines, memory, runtime, steps
+from kvpr_jax import compiling, costs, engines, memory, runtime, steps
 from kvpr_jax.models import llama, opt
 from kvpr_jax.plan import Request
 from kvpr_jax.runtime import Decoder
@@ -35,7 +35,7 @@ def test_logits_equal_a_pass_without_cache(name, split, recompute):
     prompts = random_prompts(LENGTHS, model.config.vocab_size)
     request = Request(split=split, recompute=recompute, tail_tokens=5)
     tokens, logits, cache, plan = greedy(Decoder(model), prompts, NEW, request)
-    assert plan.split == int(split) and cache.tokens()["tail"] == 1 and len(cache.layers[0]) >= 2
+    assert plan.split == int(split) and cache.tokens()["tail"] == 1 and len(cache.groups[0]) >= 2
     for row, prompt in enumerate(prompts):
         assert_close(logits[:, row], whole_text_logits(model, prompt, tokens[row]))
 
@@ -72,7 +72,7 @@ def test_residency_keeps_the_end_of_the_prompt_on_the_device():
 @pytest.mark.parametrize("config, group", [(OPT, 8), (GQA, 1)], ids=["opt", "gqa"])
 def test_a_growing_cache_fills_the_device_and_spills_the_rest(config, group, monkeypatch):
     """Resident tails are merged like those on the host; nothing crosses before the first one leaves."""
-    monkeypatch.setattr(engines, "GROUP", group)
+    monkeypatch.setattr(costs, "GROUP", group)
     model = random_model(config)
     prompts = random_prompts((7, 4), config.vocab_size)
     token_gib = 2 * config.kv_width * 4 * config.num_layers / memory.GIB
@@ -84,7 +84,7 @@ def test_a_growing_cache_fills_the_device_and_spills_the_rest(config, group, mon
     assert held["activations"] + held["keys_values"] == 4 * 2
     assert (held["activations"], held["keys_values"]) == (plan.at_the_end().activations, plan.at_the_end().keys_values)
     assert plan.host_bytes == cache.bytes_per_step
-    on_device, on_host = ([s.tokens for s in cache.layers[0] if memory.on_host(s) == host] for host in (False, True))
+    on_device, on_host = ([s.tokens for s in cache.groups[0] if memory.on_host(s) == host] for host in (False, True))
     assert on_device == [7, 2 * 4, 2] and on_host == [2 * 4]
     # Nine steps up to the fifth flush and two in the sixth tail read nothing; then 2, 4, 6 and 8 tokens cross.
     numbers = config.activation_width if held["activations"] else config.kv_width
@@ -104,77 +104,69 @@ def test_a_failure_to_compile_ahead_is_told(monkeypatch):
 def test_host_segments_are_in_pinned_host_memory_and_counted():
     prompts = random_prompts((10, 10), OPT.vocab_size)
     _, _, cache, plan = greedy(Decoder(random_model(OPT)), prompts, 3, Request(split="4", tail_tokens=5))
-    for activations, keys_values in cache.layers:
-        assert activations.x.shape == (2, 4, 44) and activations.x.sharding.memory_kind == "pinned_host"
-        assert keys_values.keys.shape == (2, 6, 4, 11) and keys_values.values.sharding.memory_kind == "pinned_host"
+    for activations, keys_values in cache.groups:
+        assert activations.x.shape == (1, 2, 4, 44) and activations.x.sharding.memory_kind == "pinned_host"
+        assert keys_values.keys.shape == (1, 2, 6, 4, 11) and keys_values.values.sharding.memory_kind == "pinned_host"
     expected = 3 * 2 * (4 * 44 + 6 * 2 * 44) * 4
     assert cache.bytes_per_step == plan.host_bytes_per_step == expected
     assert cache.fetched_bytes == 2 * expected  # the first of three tokens comes from prefill
 
 
 class Link:
-    """Segments whose copies are never done until somebody waits for a layer behind them."""
+    """Segments whose copies are never done until somebody waits for a group behind them."""
 
-    def __init__(self, layers):
-        self.layers, self.issued, self.held, self.most, self.calls = layers, 0, [], 0, []
+    def __init__(self, groups):
+        self.groups, self.issued, self.held, self.most, self.calls = groups, 0, [], 0, []
 
-    def fetch(self, layers):
-        assert layers[0] == self.issued % self.layers
-        first, self.issued = self.issued + 1, self.issued + len(layers)
-        self.held += range(first, self.issued + 1)
+    def fetch(self, group):
+        assert group == self.issued % self.groups
+        self.issued += 1
+        self.held.append(self.issued)
         self.most = max(self.most, len(self.held))
-        return [(segment,) for segment in range(first, self.issued + 1)]
+        return (self.issued,)
 
-    def compute(self, layers, h, segments):
-        assert [segment % self.layers for (segment,) in segments] == [(layer + 1) % self.layers for layer in layers]
-        self.calls.append(list(layers))
-        return Output(self, segments[-1][0])
+    def compute(self, group, h, segments):
+        (segment,) = segments
+        assert segment % self.groups == (group + 1) % self.groups
+        self.calls.append(group)
+        return Output(self, segment)
 
 
 class Output:
     def __init__(self, link, segment):
         self.link, self.segment = link, segment
 
-    def block_until_ready(self):  # a layer that is done frees its segments, and those of the layers before it
+    def block_until_ready(self):  # a group that is done frees its segment, and those of the groups before it
         while self.link.held and self.link.held[0] <= self.segment:
             self.link.held.pop(0)
 
 
-@pytest.mark.parametrize("layers, group", [(1, 1), (2, 1), (5, 1), (2, 2), (12, 3)])
+@pytest.mark.parametrize("groups", [1, 2, 4, 5])
 @pytest.mark.parametrize("flush_every", [1, 2, 100])
 @pytest.mark.parametrize("window", [3, 4, 9])
-def test_the_window_holds_over_the_ends_of_steps(flush_every, layers, group, window):
-    link, engine = Link(layers), engines.Overlapped(group, window)
+def test_the_window_holds_over_the_ends_of_steps(flush_every, groups, window):
+    link, engine = Link(groups), engines.Overlapped(window)
     step_unchecked = engines.Overlapped.step.__wrapped__  # without the check that hidden states are arrays
     for step in range(6):
-        step_unchecked(engine, layers, link, link.compute, None, (step + 1) % flush_every != 0)
-    groups = layers // group
+        step_unchecked(engine, groups, link, link.compute, None, (step + 1) % flush_every != 0)
     ahead = min(groups, window - 1) * (flush_every == 100)
-    assert link.issued == (groups * 6 + ahead) * group
-    assert max(engines.WINDOW, min(window, groups)) * group <= link.most <= window * group
-    assert link.calls == 6 * [[*range(first, first + group)] for first in range(0, layers, group)]
+    assert link.issued == groups * 6 + ahead
+    assert max(engines.WINDOW, min(window, groups)) <= link.most <= window
+    assert link.calls == 6 * [*range(groups)]
 
 
-@pytest.mark.parametrize("layers, mib, group, window", [
-    (32, 0, 8, 8), (32, 0.5, 8, 8), (32, 8, 8, 6), (32, 16, 8, 3), (32, 32, 4, 3), (32, 64, 2, 3), (32, 65, 1, 5),
-    (32, 256, 1, 3), (1, 0, 1, 8), (7, 0, 7, 8), (12, 0, 6, 8), (12, 40, 3, 3), (13, 0, 1, 8), (13, 16, 1, 8),
-])  # fmt: skip
-def test_small_layers_go_in_groups_and_small_groups_get_a_wider_window(layers, mib, group, window):
-    layer_bytes = int(mib * 2**20)
-    assert (engines.group(layers, layer_bytes), engines.window(layers, layer_bytes)) == (group, window)
-    engine = engines.engine_for("overlapped", layers, layer_bytes)
-    assert (type(engine), engine.group, engine.window) == (engines.Overlapped, group, window)
-    engine = engines.engine_for("sequential", layers, layer_bytes)
-    assert (type(engine), engine.group) == (engines.Sequential, 1)
+@pytest.mark.parametrize("mib, window", [(0, 8), (4, 8), (64, 6), (100, 3), (128, 3), (512, 3)])
+def test_small_groups_get_a_wider_window(mib, window):
+    engine = engines.engine_for("overlapped", mib * 2**20)
+    assert (type(engine), engine.window) == (engines.Overlapped, window)
+    assert type(engines.engine_for("sequential", mib * 2**20)) is engines.Sequential
 
 
-def test_the_most_that_a_window_takes_holds_for_all_smaller_layers_too():
+def test_the_most_that_a_window_takes_holds_for_all_smaller_groups_too():
     mib, most = 2**20, 0
-    for layer_bytes in [*range(mib // 4, 300 * mib, mib // 4)]:
-        for layers in (1, 7, 12, 13, 32):
-            held = engines.window(layers, layer_bytes) * engines.group(layers, layer_bytes) * layer_bytes
-            most = max(most, held)
-        assert most <= engines.window_bytes(layer_bytes) <= max(engines.WINDOW_BYTES, engines.WINDOW * layer_bytes)
+    for nbytes in range(mib // 4, 300 * mib, mib // 4):
+        most = max(most, engines.window(nbytes) * nbytes)
+        assert most <= engines.window_bytes(nbytes) <= max(engines.WINDOW_BYTES, engines.WINDOW * nbytes)
 
 
 def test_a_cache_that_is_dropped_is_freed_at_once():
@@ -196,7 +188,6 @@ def test_a_cache_that_is_dropped_is_freed_at_once():
 def test_engine_holds_no_more_than_its_window_on_the_device(engine, most, monkeypatch):
     """Counts live device arrays of the shape of a host segment at every compute of a step."""
     layers = 7
-    monkeypatch.setattr(engines, "GROUP", 1)
     monkeypatch.setattr(engines, "WINDOW_BYTES", 0)
     config = OPT.__class__(**(vars(OPT) | {"num_layers": layers}))
     decoder = Decoder(random_model(config))
@@ -206,7 +197,7 @@ def test_engine_holds_no_more_than_its_window_on_the_device(engine, most, monkey
     compute = steps.decode_layers
 
     def counting(*args, **kwargs):
-        alive = [a for a in jax.live_arrays() if a.shape == (2, 17, 44) and a.sharding.memory_kind == memory.DEVICE]
+        alive = [a for a in jax.live_arrays() if a.shape == (1, 2, 17, 44) and a.sharding.memory_kind == memory.DEVICE]
         held.append(len(alive))
         return compute(*args, **kwargs)
 
@@ -267,7 +258,7 @@ def test_a_decode_layers_is_traced_once_per_shape(config, module, monkeypatch):
 @pytest.mark.parametrize("split, group", [("0", 8), ("6", 1), ("6", 8), ("13", 1)])
 def test_only_the_first_step_compiles(split, group, monkeypatch, caplog):
     """What a flush makes necessary, merging included, is compiled in another thread before."""
-    monkeypatch.setattr(engines, "GROUP", group)
+    monkeypatch.setattr(costs, "GROUP", group)
     decoder = Decoder(random_model(OPT))
     prompts = random_prompts((13, 7), OPT.vocab_size)
     plan = decoder.plan(prompts, 50, Request(split=split, tail_tokens=8))

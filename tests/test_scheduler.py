@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import GQA, LLAMA, OPT, profile
+from kvpr_jax import costs as cost_model
 from kvpr_jax import engines, memory, scheduler
-from kvpr_jax.costs import Costs, Held, buckets
+from kvpr_jax.costs import Costs, Held, buckets, group_of
 from kvpr_jax.plan import Request, Workload
 from kvpr_jax.scheduler import make_plan
 
@@ -25,8 +26,14 @@ OPT_6_7B = dataclasses.replace(
 RATES = {1: 19.9, 4: 38.1, 16: 49.0, 64: 53.3, 256: 54.1}
 H200 = profile(
     to_device=[(mib * 2**20, mib * 2**20 / rate / 1e9) for mib, rate in RATES.items()], base_s=2e-4,
-    keys_values_token_s=0.8e-3 / 1024, project_token_s=3.6e-3 / 1024, absorb_token_s=0.8e-3 / 1024, head_s=2e-3,
+    keys_values=[(1, 0.8e-3 / 1024)], project=[(1, 3.6e-3 / 1024)], absorb=[(1, 0.8e-3 / 1024)], head_s=2e-3,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _in_groups(monkeypatch):
+    """Nothing is compiled here."""
+    monkeypatch.setattr(cost_model, "GROUP", 8)
 
 
 def plan_for(config=OPT, workload=Workload(2, 16, 8), request=Request(), device=GIB, host=GIB, given=None):
@@ -69,7 +76,7 @@ def test_the_plan_is_the_best_of_those_that_fit(
     bandwidth = small / 5e-5  # so many bytes and fewer take 50 µs
     machine = profile(
         to_device=[(2**10, 5e-5), (small, 5e-5), (2**30, 2**30 / bandwidth)],
-        keys_values_token_s=keys_values, project_token_s=project, absorb_token_s=absorb,
+        keys_values=[(1, keys_values)], project=[(1, project)], absorb=[(1, absorb)],
         dispatch_s=dispatch, layer_dispatch_s=further, issue_s=issue_copy,
     )  # fmt: skip
     request = Request(
@@ -82,11 +89,11 @@ def test_the_plan_is_the_best_of_those_that_fit(
 
     def step_s(split, tokens, way):
         resident, form = prompt - tokens, project if way == "project" else absorb
+        together = max(n for n in (1, 2, 4, 8) if n == 1 or n * batch * workload.total_tokens * 8192 * 2 <= 2**27)
         arrays = ([split * 4096] if split else []) + [(tokens - split) * 4096] * (2 if split < tokens else 0)
         compute = 1e-4 + split * form + (tokens - split + resident + tail) * keys_values  # the tail stays
-        link = sum(max(5e-5, batch * numbers * 2 / bandwidth) for numbers in arrays)
-        together = max(layers for layers in (1, 2, 4, 8) if layers == 1 or layers * batch * sum(arrays) * 2 <= 2**27)
-        issue = (dispatch + (together - 1) * further) / together + len(arrays) * issue_copy
+        link = sum(max(5e-5, together * batch * numbers * 2 / bandwidth) for numbers in arrays) / together
+        issue = (dispatch + (together - 1) * further + len(arrays) * issue_copy) / together
         if engine == "sequential":
             return 32 * (link + compute) + 1e-3
         return max(32 * link, 32 * compute + 1e-3, 32 * issue + 1e-3)
@@ -129,7 +136,7 @@ def test_a_compiled_split_is_kept_when_few_steps_are_left(steps, before, expecte
 
 def test_a_split_that_the_host_cannot_hold_is_not_taken_and_the_plan_says_so():
     """Streaming would be fastest here, if there were room for keys and values."""
-    slow_gpu = profile(keys_values_token_s=1e-6, project_token_s=1e-3, absorb_token_s=1e-3)
+    slow_gpu = profile(keys_values=[(1, 1e-6)], project=[(1, 1e-3)], absorb=[(1, 1e-3)])
     whole = 32 * 32 * 1024 * 8192 * 2
     for gib, split, part in ((whole / GIB, 0, "streaming keys and values"), (whole / GIB * 0.8, 448, "7 of 17 splits")):
         request = Request(offload="all", host_cache_gib=gib)
@@ -144,7 +151,7 @@ def test_a_split_that_the_host_cannot_hold_is_not_taken_and_the_plan_says_so():
 @pytest.mark.parametrize("spare", [0.0, 0.1, 1.0])
 def test_new_tails_take_the_form_that_pays_within_the_hosts_budget(recompute, spare):
     """Against trying both forms of every tail by hand."""
-    machine = dataclasses.replace(H200, project_token_s=9e-3 / 1024)  # as much compute as link at about 3/4
+    machine = dataclasses.replace(H200, project=[(1, 9e-3 / 1024)])  # as much compute as link at about 3/4
     fewest = 32 * 32 * (1024 + 960) * 4096 * 2
     request = Request(recompute=recompute, offload="all", tail_tokens=64, host_cache_gib=fewest * (1 + spare) / GIB)
     plan = make_plan(OPT_6_7B, jnp.dtype("float16"), Workload(32, 1024, 1025), request, machine, 900 * GIB, 900 * GIB)
@@ -166,7 +173,7 @@ def test_new_tails_take_the_form_that_pays_within_the_hosts_budget(recompute, sp
 
 def test_on_a_cpu_later_tails_leave_room_for_what_the_device_holds():
     """Both are one memory: keys and values, which would be faster, only as far as that allows."""
-    slow_gpu = profile(keys_values_token_s=1e-6, project_token_s=1e-3, absorb_token_s=1e-3)
+    slow_gpu = profile(keys_values=[(1, 1e-6)], project=[(1, 1e-3)], absorb=[(1, 1e-3)])
     plan = make_plan(
         OPT_6_7B, jnp.dtype("bfloat16"), Workload(32, 64, 1025), Request(offload="all"), slow_gpu, 19 * GIB, 19 * GIB
     )
@@ -176,7 +183,8 @@ def test_on_a_cpu_later_tails_leave_room_for_what_the_device_holds():
 
 
 def test_the_devices_bytes_are_what_stands_there():
-    """Two tails of activations or of keys and values, the window, one layer's keys and values, four times the logits.
+    """Two tails of activations or of keys and values, the window, all keys and values of the one group that three small
+    layers are, four times the logits.
     With grouped queries activations may be wider."""
     gqa = dataclasses.replace(GQA, hidden_size=600)
     for config, split, width in ((OPT, "100%", 88), (gqa, "0%", 40), (gqa, "100%", 600)):
@@ -184,8 +192,17 @@ def test_the_devices_bytes_are_what_stands_there():
         layer = 2 * (16 + 7 * 8) * (config.hidden_size if split == "100%" else config.kv_width) * 4
         if split == "100%":  # but for the form of tails, which is that of the share
             assert plan.at_the_end().keys_values == 0
-        step = 2 * 75 * config.kv_width * 4 + 4 * 2 * 89 * 4
-        assert plan.device_bytes == 2 * 8 * 3 * 2 * width * 4 + engines.window_bytes(layer) + step
+        step = 3 * 2 * 75 * config.kv_width * 4 + 4 * 2 * 89 * 4
+        assert plan.group == 3
+        assert plan.device_bytes == 2 * 8 * 3 * 2 * width * 4 + engines.window_bytes(3 * layer) + step
+
+
+@pytest.mark.parametrize("layers, mib, group", [
+    (32, 0, 8), (32, 0.5, 8), (32, 16, 8), (32, 17, 4), (32, 32, 4), (32, 64, 2), (32, 65, 1), (32, 256, 1),
+    (1, 0, 1), (7, 0, 7), (12, 0, 6), (12, 40, 3), (13, 0, 1), (13, 16, 1),
+])  # fmt: skip
+def test_small_layers_go_in_groups(layers, mib, group):
+    assert group_of(layers, int(mib * 2**20)) == group
 
 
 def test_in_prefill_three_layers_of_what_leaves_wait_for_the_link():
@@ -233,7 +250,7 @@ def test_the_device_is_filled_first_and_the_rest_spills_on_the_way(share):
 
 def test_the_papers_schedule_gains_less():
     """On an H200 the paper's two phases reach at most 1.57x for OPT-6.7B, the pipelined schedule about 2x."""
-    costs = costs_of(dataclasses.replace(H200, base_s=0.0, head_s=0.0, keys_values_token_s=0.0))
+    costs = costs_of(dataclasses.replace(H200, base_s=0.0, head_s=0.0, keys_values=[(1, 0.0)]))
     streamed = costs.step_s(Held(0, 1024), "project", "overlapped")
     paper = min(costs.two_phase_step_s(split, 1024 - split) for split in buckets(1024))
     ours = min(costs.step_s(Held(split, 1024 - split), "absorb", "overlapped") for split in buckets(1024))

@@ -21,8 +21,8 @@ CONFIG = settings.shape(MODEL, 2)
 # 3/4 of 64 tokens take least: 12 ms on the link, 11.5 to project them. Absorbed, the fewest bytes do.
 NBYTES = 2 * CONFIG.activation_width * 4  # of a token in both sequences
 SLOW = profile(
-    to_device=[(NBYTES, 1.5e-4), (256 * NBYTES, 256 * 1.5e-4)], base_s=0.0, project_token_s=2.4e-4,
-    keys_values_token_s=1e-6, absorb_token_s=1e-6, head_s=1e-3, dispatch_s=0.0, layer_dispatch_s=0.0, issue_s=0.0,
+    to_device=[(NBYTES, 1.5e-4), (256 * NBYTES, 256 * 1.5e-4)], base_s=0.0, project=[(1, 2.4e-4)],
+    keys_values=[(1, 1e-6)], absorb=[(1, 1e-6)], head_s=1e-3, dispatch_s=0.0, layer_dispatch_s=0.0, issue_s=0.0,
 )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def test_the_report_of_a_setting_holds_every_trial_and_can_be_read_again(tmp_pat
 
 def test_what_is_predicted_is_the_step_that_was_measured(monkeypatch):
     """Over a tail of three slots too, which stay and are keys and values. The paper's schedule knows of no tail."""
-    monkeypatch.setattr(profiles, "load_or_measure", lambda *_: dataclasses.replace(SLOW, project_token_s=1e-2))
+    monkeypatch.setattr(profiles, "load_or_measure", lambda *_: dataclasses.replace(SLOW, project=[(1, 1e-2)]))
     decoder, prompts = Decoder(random_model(CONFIG)), [[3] * 64, [4] * 64]
     streamed, held = splits.sweep(decoder, prompts, 3, 2, ["project"])
     assert streamed["predicted_step_s"] == pytest.approx([2 * 64 * 3e-4] * 3)
@@ -90,7 +90,7 @@ def test_picks_that_are_no_points_are_measured_as_well(monkeypatch):
 
 
 def test_a_pick_of_zero_is_marked_once_for_each_way(monkeypatch):
-    monkeypatch.setattr(profiles, "load_or_measure", lambda *_: profile(project_token_s=1.0, absorb_token_s=1.0))
+    monkeypatch.setattr(profiles, "load_or_measure", lambda *_: profile(project=[(1, 1.0)], absorb=[(1, 1.0)]))
     assert places(sweep(monkeypatch, 2))[0] == (0, "project", ["project", "absorb"])
 
 
