@@ -31,9 +31,10 @@ from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
 VERSION = 7  # of the file's meaning
 PROBE_TOKENS, PROBE_TOKENS_ON_CPU = 16384, 1024  # over the batch: tokens in the longest segment that is measured
-FEWER = 8  # times as few in the shortest one
-BETWEEN = (2, 4)  # and in others: projecting is no line, since each length gets the matrix product that suits it
+FEWER = 32  # times as few in the shortest one
+BETWEEN = (2, 4, 8)  # and in others: projecting is no line, since each length gets the matrix product that suits it
 PROBE_TAIL = 16  # slots in the tail of the steps measured: it costs as much as another segment
+SEVERAL = 4  # layers of a call that tells what the host needs for each further one
 CALLS = 8  # layer steps dispatched together, as the engine does
 SHORT_S = 0.015  # of those: there are more of them, or what is between the first call and the device counts as theirs
 LONG_S = 0.1  # more is measured by single calls, so that a slow machine is done in seconds too
@@ -125,12 +126,12 @@ def measure(
         segment, recompute = forms[form]
         return lambda: _run_s(_calls(one, batch, (memory.placed(segment[:count]),), recompute))
 
-    empty, two = (_calls(one, batch, (), layers=count) for count in (1, 2))
+    empty, several = (_calls(one, batch, (), layers=count) for count in (1, SEVERAL))
     measurements: dict[Any, Callable[[], Any]] = {
         "empty": lambda: _run_s(empty),
         **{(form, tokens): over(form, tokens) for form in forms},
         "dispatch": lambda: _dispatch_s(empty, measured["empty"][1]),
-        "dispatch of two": lambda: _dispatch_s(two, 2 * measured["empty"][1]),
+        "dispatch of several": lambda: _dispatch_s(several, SEVERAL * measured["empty"][1]),
         "mlp": functools.partial(_mlp_s, one, batch),
         "head": functools.partial(_head_s, one, batch),
         "issue": link.issue_s,
@@ -140,8 +141,8 @@ def measure(
         for way in get_args(link.Way)
     }
     needed = {*measurements, *copies["to_device"], *(next(iter(sizes)) for sizes in copies.values())}
-    measurements |= {("project", count): over("project", count) for count in between}
     measurements |= copies["to_device"] | {(form, few): over(form, few) for form in forms}
+    measurements |= {("project", count): over("project", count) for count in between}
     measurements |= copies["to_host"] | copies["both"]
     measured: dict[Any, Any] = {}
     begin = time.perf_counter()
@@ -173,7 +174,7 @@ def measure(
         absorb=by_length("absorb"),
         head_s=measured["head"],
         dispatch_s=dispatch_s,
-        layer_dispatch_s=min(max(0.0, measured["dispatch of two"] - dispatch_s), dispatch_s),
+        layer_dispatch_s=min(max(0.0, measured["dispatch of several"] - dispatch_s) / (SEVERAL - 1), dispatch_s),
         issue_s=measured["issue"],
         compile_s=compile_s,
     )

@@ -5,6 +5,7 @@ import importlib
 import itertools
 import json
 import shlex
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from helpers import OPT, profile
 from kvpr_jax import checkpoint, command_line, memory
-from kvpr_jax.profiling import curves, link, nvidia
+from kvpr_jax.profiling import curves, link, nvidia, timing
 from kvpr_jax.profiling import profile as profiles
 from kvpr_jax.segments import KeysValues
 
@@ -65,8 +66,8 @@ def test_a_measured_profile_is_plausible_and_read_back(monkeypatch, small):
     assert all(seconds > 0 for _, seconds in measured.to_device + measured.to_host + measured.both)
     assert [size for size, _ in measured.to_host] == [size for size, _ in measured.both] == [2**16, 2**20]
     assert measured.base_s > 0 and measured.head_s > 0 and measured.compile_s > measured.base_s
-    assert [tokens for tokens, _ in measured.project] == [8, 16, 32, 64]
-    assert [tokens for tokens, _ in measured.keys_values] == [tokens for tokens, _ in measured.absorb] == [8, 64]
+    assert [tokens for tokens, _ in measured.project] == [2, 8, 16, 32, 64]
+    assert [tokens for tokens, _ in measured.keys_values] == [tokens for tokens, _ in measured.absorb] == [2, 64]
     assert all(seconds >= 0 for _, seconds in measured.keys_values + measured.project + measured.absorb)
     monkeypatch.setattr(profiles, "measure", lambda *_: pytest.fail("measured again"))
     assert load_or_measure(OPT, FLOAT32, 2) == measured
@@ -193,7 +194,7 @@ def test_a_few_copies_are_under_way_at_once(monkeypatch):
 def test_progress_reaches_its_total(small):
     calls = []
     profiles.measure(OPT, FLOAT32, 2, lambda done, total: calls.append((done, total)))
-    total = 9 + 5 + 2 + 2 + 2  # layers; issuing a step, one of two layers and copies, MLP, head; each way and both
+    total = 10 + 5 + 2 + 2 + 2  # layers; issuing a step, one of several layers and copies, MLP, head; each way and both
     assert calls == [(done, total) for done in range(1, total + 1)]
 
 
@@ -221,7 +222,7 @@ def test_segments_are_measured_by_length(small, enough_s, few, monkeypatch):
         monkeypatch.setattr(profiles, name, lambda *_: 0.0)
     measured = profiles.measure(OPT, FLOAT32, 2)
     for form, (begin_s, token_s) in costs.items():
-        lengths = ([8, 16, 32, 64] if form == "project" else [8, 64]) if few else [64]
+        lengths = ([2, 8, 16, 32, 64] if form == "project" else [2, 64]) if few else [64]
         curve = getattr(measured, form)
         assert [tokens for tokens, _ in curve] == lengths
         assert [seconds for _, seconds in curve] == pytest.approx([max(0.0, begin_s + n * token_s) for n in lengths])
@@ -258,6 +259,11 @@ def test_long_steps_are_measured_by_few_calls(monkeypatch):
     assert profiles._run_s(lambda count: None) == (4.6, 0.4) and not repeated
     seconds = iter([5.0, 0.03, 0.01])
     assert profiles._run_s(lambda count: None) == (4.99, 0.01) and len(repeated) == 1
+
+
+def test_issuing_takes_the_least_of_its_trials():
+    pauses = iter([0.2, 0.0, 0.2])
+    assert timing.issued_s(lambda: time.sleep(next(pauses)), trials=3) < 0.1
 
 
 def test_what_takes_too_long_is_left_out(small, monkeypatch):

@@ -96,7 +96,8 @@ def test_the_plan_is_the_best_of_those_that_fit(
         issue = (dispatch + (together - 1) * further + len(arrays) * issue_copy) / together
         if engine == "sequential":
             return 32 * (link + compute) + 1e-3
-        return max(32 * link, 32 * compute + 1e-3, 32 * issue + 1e-3)
+        call = dispatch + (together - 1) * further
+        return max(32 * link, 32 * compute + call + 1e-3, 32 * issue + 1e-3)
 
     try:
         plan = make_plan(OPT_6_7B, float16, workload, request, machine, 4000 * GIB, 8000 * GIB)
