@@ -38,7 +38,7 @@ SEVERAL = 4  # layers of a call that tells what the host needs for each further 
 CALLS = 8  # layer steps dispatched together, as the engine does
 SHORT_S = 0.015  # of those: there are more of them, or what is between the first call and the device counts as theirs
 LONG_S = 0.1  # more is measured by single calls, so that a slow machine is done in seconds too
-ENOUGH_S = 15.0  # of measuring: then no shorter segments, and in the ways that no plan asks for one size only
+ENOUGH_S = 17.0  # of measuring: then no shorter segments, and in the ways that no plan asks for one size only
 
 
 @dataclasses.dataclass(frozen=True)
