@@ -112,6 +112,18 @@ def test_host_segments_are_in_pinned_host_memory_and_counted():
     assert cache.fetched_bytes == 2 * expected  # the first of three tokens comes from prefill
 
 
+@pytest.mark.parametrize("split, group", [("0", 8), ("5", 1)])
+def test_no_array_of_the_run_is_larger_than_what_is_reserved_for(split, group, monkeypatch):
+    """Four tails of 2 tokens become one segment of 8."""
+    monkeypatch.setattr(costs, "GROUP", group)
+    prompts = random_prompts((5, 5), OPT.vocab_size)
+    _, _, cache, plan = greedy(Decoder(random_model(OPT)), prompts, 10, Request(split=split, tail_tokens=2))
+    largest = max((segment for segment in cache.groups[0]), key=lambda segment: segment.tokens)
+    assert largest.tokens == 8 and plan.group == min(group, OPT.num_layers)
+    assert {array.nbytes for array in largest.arrays.values()} == {plan.largest_array_bytes}
+    assert plan.host_bytes == cache.bytes_per_step
+
+
 class Link:
     """Segments whose copies are never done until somebody waits for a group behind them."""
 

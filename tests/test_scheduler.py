@@ -206,6 +206,16 @@ def test_small_layers_go_in_groups(layers, mib, group):
     assert group_of(layers, int(mib * 2**20)) == group
 
 
+@pytest.mark.parametrize("batch, total, group, tail", [
+    (1, 256, 8, 256), (3, 256, 8, 128), (2, 1024, 4, 256), (4, 1024, 2, 256), (16, 1024, 1, 128), (64, 1024, 1, 64),
+])  # fmt: skip
+def test_a_tail_makes_a_copy_of_sixteen_mebibytes_with_all_layers_of_its_group(batch, total, group, tail):
+    """As activations, of 8 KiB a token, layer and sequence, within 64 to 256 tokens."""
+    workload, request = Workload(batch, 1, total), Request(offload="all")
+    plan = make_plan(OPT_6_7B, jnp.dtype("bfloat16"), workload, request, H200, 9000 * GIB, 9000 * GIB)
+    assert (plan.group, plan.tail_tokens) == (group, min(tail, total - 1))
+
+
 def test_in_prefill_three_layers_of_what_leaves_wait_for_the_link():
     """Of the same prompt: as keys and values, as activations, and where all of it stays."""
     layer = 32 * 1024 * 4096 * 2  # bytes of activations; keys and values take twice as many
