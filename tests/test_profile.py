@@ -261,6 +261,15 @@ def test_long_steps_are_measured_by_few_calls(monkeypatch):
     assert profiles._run_s(lambda count: None) == (4.99, 0.01) and len(repeated) == 1
 
 
+@pytest.mark.parametrize("call_s, calls", [(0.01, 8), (0.001, 15), (0.0001, 150)])
+def test_short_steps_are_measured_by_many_calls(call_s, calls, monkeypatch):
+    """What is between the first call and the device counts for little then."""
+    asked = []
+    monkeypatch.setattr(profiles, "trials_s", lambda function, trials, warm_up: [1.0, call_s, call_s])
+    monkeypatch.setattr(profiles, "median_s", lambda function: function() or 0.12)
+    assert profiles._run_s(asked.append) == pytest.approx((1.0 - 0.12 / calls, 0.12 / calls)) and asked == [calls]
+
+
 def test_issuing_takes_the_least_of_its_trials():
     pauses = iter([0.2, 0.0, 0.2])
     assert timing.issued_s(lambda: time.sleep(next(pauses)), trials=3) < 0.1

@@ -13,6 +13,7 @@ import pytest
 
 from helpers import CONFIGS, GQA, LLAMA, OPT, assert_close, greedy, random_model, random_prompts
 from kvpr_jax import compiling, costs, engines, memory, runtime, steps
+from kvpr_jax import plan as plans
 from kvpr_jax.models import llama, opt
 from kvpr_jax.plan import Request
 from kvpr_jax.runtime import Decoder
@@ -112,14 +113,17 @@ def test_host_segments_are_in_pinned_host_memory_and_counted():
     assert cache.fetched_bytes == 2 * expected  # the first of three tokens comes from prefill
 
 
-@pytest.mark.parametrize("split, group", [("0", 8), ("5", 1)])
-def test_no_array_of_the_run_is_larger_than_what_is_reserved_for(split, group, monkeypatch):
-    """Four tails of 2 tokens become one segment of 8."""
+@pytest.mark.parametrize("split, group, merge_bytes, tokens", [
+    ("0", 8, 2**25, 8), ("5", 1, 2**25, 8), ("5", 8, 3 * 2 * 2 * 44 * 4, 5)
+])  # fmt: skip
+def test_no_array_of_the_run_is_larger_than_what_is_reserved_for(split, group, merge_bytes, tokens, monkeypatch):
+    """Four tails of 2 tokens become one segment of 8, unless a group's tail is large enough."""
     monkeypatch.setattr(costs, "GROUP", group)
+    monkeypatch.setattr(plans, "MERGE_BYTES", merge_bytes)
     prompts = random_prompts((5, 5), OPT.vocab_size)
     _, _, cache, plan = greedy(Decoder(random_model(OPT)), prompts, 10, Request(split=split, tail_tokens=2))
     largest = max((segment for segment in cache.groups[0]), key=lambda segment: segment.tokens)
-    assert largest.tokens == 8 and plan.group == min(group, OPT.num_layers)
+    assert largest.tokens == tokens and plan.group == min(group, OPT.num_layers)
     assert {array.nbytes for array in largest.arrays.values()} == {plan.largest_array_bytes}
     assert plan.host_bytes == cache.bytes_per_step
 

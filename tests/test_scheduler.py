@@ -216,18 +216,20 @@ def test_a_tail_makes_a_copy_of_sixteen_mebibytes_with_all_layers_of_its_group(b
     assert (plan.group, plan.tail_tokens) == (group, min(tail, total - 1))
 
 
-def test_in_prefill_three_layers_of_what_leaves_wait_for_the_link():
-    """Of the same prompt: as keys and values, as activations, and where all of it stays."""
-    layer = 32 * 1024 * 4096 * 2  # bytes of activations; keys and values take twice as many
+@pytest.mark.parametrize("batch, layers", [(32, 3), (2, 3 * 2 + 2), (1, 3 * 4 + 4)])
+def test_in_prefill_three_groups_of_what_leaves_wait_for_the_link(batch, layers):
+    """Of the same prompt: as keys and values, as activations, and where all of it stays. Layers that become a group are
+    there twice."""
+    layer = batch * 1024 * 4096 * 2  # bytes of activations; keys and values take twice as many
 
     def device_bytes(request):
-        workload = Workload(32, 1024, 2)
+        workload = Workload(batch, 1024, 2)
         plan = make_plan(OPT_6_7B, jnp.dtype("bfloat16"), workload, request, H200, 900 * GIB, 900 * GIB)
         return plan.device_bytes
 
     stays = device_bytes(Request(offload="none")) - 32 * 2 * layer
-    assert device_bytes(Request("100%")) == stays + 3 * layer
-    assert device_bytes(Request("0%")) == stays + 3 * 2 * layer
+    assert device_bytes(Request("100%")) == stays + layers * layer
+    assert device_bytes(Request("0%")) == stays + layers * 2 * layer
 
 
 def test_a_simulated_gpu_is_planned_alike_on_every_machine(monkeypatch):
