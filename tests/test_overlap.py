@@ -36,11 +36,11 @@ def test_pytorch_computes_the_same_layer(split, recompute):
     tail = rng.normal(size=(2, BATCH, WRITTEN + 4, heads, width)).astype(np.float32)
 
     slots = jnp.arange(CACHED + WRITTEN + 4, dtype=jnp.int32)
-    held = [Activations(jnp.asarray(x), slots[:split])] if split else []
-    held += [KeysValues(*map(jnp.asarray, kv), slots[split:CACHED])] if split < CACHED else []
-    tails = [memory.placed(KeysValues(*map(jnp.asarray, tail), slots[CACHED:]))]
+    held = [Activations(jnp.asarray(x)[None], slots[:split])] if split else []
+    held += [KeysValues(*map(jnp.asarray, kv[:, None]), slots[split:CACHED])] if split < CACHED else []
+    tails = [memory.placed(KeysValues(*map(jnp.asarray, tail[:, None]), slots[CACHED:]))] * OPT.num_layers
     place = Place(slots[CACHED + WRITTEN :][:1], None)
-    ours = decoder.compute(tails, place, recompute)((0,), jnp.asarray(h), [tuple(held)])
+    ours = decoder.compute(tails, place, recompute)(0, jnp.asarray(h), tuple(held))
 
     def both(module, weight):  # PyTorch's weights are (out, in)
         return torch.from_numpy(np.array(module[weight]).T.copy()), torch.from_numpy(np.array(module["bias"]))
@@ -60,7 +60,7 @@ def test_pytorch_computes_the_same_layer(split, recompute):
     theirs = cuda_streams.layer_step(layer, torch.from_numpy(h[:, 0]), segments, theirs_tail, recompute)
     assert_close(np.asarray(ours[:, 0]), theirs.numpy())
     new = theirs_tail.keys[:, :, WRITTEN].numpy()
-    assert_close(np.asarray(tails[0].keys[:, WRITTEN]), new)
+    assert_close(np.asarray(tails[0].keys[0, :, WRITTEN]), new)
 
 
 @pytest.mark.parametrize("name", ["xla.trace.json", "torch.trace.json"])
