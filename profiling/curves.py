@@ -45,8 +45,8 @@ def of_segment(times: Curve, tokens: int) -> float:
     curve = _rising(times)
     if len(curve) == 1:
         return curve[0][1] * tokens / curve[0][0]
-    following = next((index for index, (length, _) in enumerate(curve) if tokens < length), len(curve))
-    (below, below_s), (above, above_s) = curve[max(0, min(following, len(curve) - 1) - 1) :][:2]
+    pairs = [*itertools.pairwise(curve)]
+    (below, below_s), (above, above_s) = next((pair for pair in pairs if tokens < pair[1][0]), pairs[-1])
     on_line_s = below_s + (above_s - below_s) * (tokens - below) / (above - below)
     return max(on_line_s, below_s * min(1.0, tokens / below))
 
