@@ -30,6 +30,8 @@ from kvpr_jax.segments import TOKENS, Activations, KeysValues, Place, Segment
 
 Join = Callable[[tuple[Segment, ...]], Segment]
 
+AHEAD_S = 0.05  # of a step, at most: nobody sees that tokens come so much later than they are known
+
 
 @dataclasses.dataclass
 class Cache:
@@ -46,7 +48,6 @@ class Cache:
         engine: carries out its decode steps; chosen by what they move.
         bytes_per_step: bytes that cross the link in a step: all segments on the host.
         predicted_step_s: how long a step should take until the next flush.
-        fetched_bytes: bytes that steps have moved over the link so far.
         flushes: full tails so far.
         preparing: the compilation of what the next flush will make necessary, if it has begun.
         longest_wait_s: the longest time that a flush has waited for it.
@@ -65,7 +66,6 @@ class Cache:
     engine: Sequential | Overlapped = dataclasses.field(init=False)
     bytes_per_step: int = dataclasses.field(init=False)
     predicted_step_s: float = dataclasses.field(init=False)
-    fetched_bytes: int = 0
     flushes: int = 0
     preparing: futures.Future[None] | None = None
     longest_wait_s: float = 0.0
@@ -77,6 +77,14 @@ class Cache:
     def __post_init__(self, start: Int[Array, " B"] | None) -> None:
         self.place = memory.placed(Place(jnp.array([self.length], jnp.int32), start))
         self._new_tails()
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the next step may be issued before the tokens of this one are read.
+
+        A long step would hold them back for as long as it takes, and gains next to nothing.
+        """
+        return isinstance(self.engine, Overlapped) and not self.full and self.predicted_step_s < AHEAD_S
 
     @property
     def full(self) -> bool:

@@ -4,11 +4,12 @@ The layers go in groups of N, one large layer or several small ones, which are c
 beside the compute of the group before, and the host issues both:
 
     link_s(l)    = L/N · sum over copies (activations; keys, values) of what one of so many bytes takes
-    compute_s(l) = L · (layer + for each form: what a segment of so many tokens adds)
+    compute_s(l) = L/N · (layer + (N - 1) · further layer) + L · (for each form: what a segment of so many tokens adds)
     issue_s(l)   = L/N · (call + (N - 1) · further layer + copies · copy)
-    step_s(l)    = max(link_s, compute_s + call + head, issue_s + head)
+    step_s(l)    = max(link_s, compute_s + head, issue_s + head)
 
-since the window reaches over the ends of steps, and the device waits for a step's first call.
+since the window reaches over the ends of steps, and a short step is issued before the host has read the tokens of the
+one before it.
 
 A form's tokens count as one copy, or two, however many segments they are in: merging keeps those few.
 `two_phase_step_s` is the cost model of the paper (arXiv 2411.17089, equations 8 to 11), kept for comparison.
@@ -24,11 +25,11 @@ from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling.profile import Profile
 
 BUCKETS = 16  # split points tried, about
-GROUP = 8  # layers at most: the more, the longer the device waits for a step's first call, the less for later ones
+GROUP = 8  # layers at most: one call of so many is issued in less time than the device needs for it
 GROUP_BYTES = 128 * 2**20  # of their cache, if there is more than one
 TIMES_OF = {  # sides of a step: the profile's times that make them up, and its curves
     "copies to the device": ("to_device",),
-    "compute": ("base_s", "keys_values", "project", "absorb"),
+    "compute": ("base_s", "further_s", "keys_values", "project", "absorb"),
     "dispatch": ("dispatch_s", "layer_dispatch_s", "issue_s"),
 }
 
@@ -83,18 +84,14 @@ class Costs:
         return sum(copies_s, 0.0) / self.group
 
     def compute_s(self, activations: int, keys_values: int, recompute: Recompute) -> float:
-        """One layer's step over tokens in each form, wherever they are held."""
-        return self.profile.layer_s(recompute, activations, keys_values)
-
-    @property
-    def call_s(self) -> float:
-        """What the host needs to issue one group's step."""
-        return self.profile.dispatch_s + (self.group - 1) * self.profile.layer_dispatch_s
+        """One layer's share of its group's step over tokens in each form, wherever they are held."""
+        return self.profile.layer_s(recompute, activations, keys_values, self.group)
 
     def issue_s(self, activations: int, keys_values: int) -> float:
         """One layer's share of what the host needs to issue its group's step and copies."""
         copies = len(self.arrays_bytes(activations, keys_values))
-        return (self.call_s + copies * self.profile.issue_s) / self.group
+        call_s = self.profile.dispatch_s + (self.group - 1) * self.profile.layer_dispatch_s
+        return (call_s + copies * self.profile.issue_s) / self.group
 
     def step_s(self, held: Held, recompute: Recompute, engine: Engine) -> float:
         """One decode step."""
@@ -115,10 +112,11 @@ class Costs:
         return {side: self.config.num_layers * seconds for side, seconds in sides.items()}
 
     def _with_head(self, sides: dict[str, float]) -> dict[str, float]:
-        """These sides with what surrounds the layers, which copies go on beside; compute begins with the first call."""
-        head_s = self.profile.head_s
-        beside = {"copies to the device": 0.0, "compute": self.call_s + head_s, "dispatch": head_s}
-        return {side: seconds + beside[side] for side, seconds in sides.items()}
+        """These sides with what surrounds the layers, which copies go on beside."""
+        return {
+            side: seconds if side == "copies to the device" else seconds + self.profile.head_s
+            for side, seconds in sides.items()
+        }
 
     def slowed(self, held: Held, recompute: Recompute, engine: Engine, step_s: float) -> tuple["Costs", str]:
         """The cost model by which this step, which is predicted to take less, takes `step_s`; and what it blames.

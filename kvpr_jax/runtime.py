@@ -1,7 +1,7 @@
 """Carries a plan out: prefill a batch of prompts into a cache, then step it token by token."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -142,7 +142,6 @@ class Decoder:
         h, slots = steps.embed(*self.embedder, tokens[:, None], place)
         cache.place = Place(slots, place.start)
         cache.length += 1
-        cache.fetched_bytes += cache.bytes_per_step
         if cache.written == math.ceil(cache.plan.tail_tokens * PREPARE_AT) and cache.flushes < cache.plan.flushes:
             cache.preparing = compiling.ahead(self._prepare, cache, memory.described(h))
         compute = self.compute(cache.tails, place, cache.plan.recompute)
@@ -172,6 +171,33 @@ class Decoder:
             memory.described(segments, host=False), tail, memory.described(cache.place),
             recompute=cache.plan.recompute,
         ).compile()  # fmt: skip
+
+
+def read_tokens(
+    step: Callable[[Int[Array, " B"]], Int[Array, " B"]],
+    tokens: Int[Array, " B"],
+    steps: int,
+    ahead: Callable[[], bool],
+) -> Iterator[np.ndarray]:
+    """The tokens of each of so many steps, as soon as the host knows them; or once the next step is issued, so that
+    the device need not wait until the host has read them and issued the next step's first layers.
+
+    Args:
+        step: from the tokens of one step to those of the next, asynchronously.
+        tokens: before the first step.
+        ahead: asked behind each step, whether the next one is to be issued first.
+    """
+    unread = None
+    for _ in range(steps):
+        tokens = step(tokens)
+        if unread is not None:
+            yield np.asarray(unread)
+        unread = tokens
+        if not ahead():
+            yield np.asarray(unread)
+            unread = None
+    if unread is not None:
+        yield np.asarray(unread)
 
 
 def plan_for(

@@ -3,17 +3,20 @@
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+Choice = Literal["greedy", "unlimited", "limited"]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. All of it is traced: changing a value compiles nothing.
+    """How tokens are drawn. All of it is traced: changing a value compiles nothing, unless the choice becomes another.
 
     Attributes:
         temperature: divides the logits; 0 takes the most likely token and ignores the rest.
@@ -26,6 +29,14 @@ class Sampling:
     top_k: int | Int[Array, ""] = 0
     top_p: float | Float[Array, ""] = 1.0
     min_p: float | Float[Array, ""] = 0.0
+
+    @property
+    def choice(self) -> Choice:
+        """What the values ask for. Told from them where the host knows them: where the device had to tell, a step's
+        layers could not be issued before the one before it is done."""
+        if not self.temperature:
+            return "greedy"
+        return "limited" if self.top_k or self.top_p < 1 or self.min_p else "unlimited"
 
     def check(self) -> None:
         """Raises ValueError for a value out of range, naming it."""
@@ -64,18 +75,17 @@ def allowed(logits: Float[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V
 
 
 def sample_tokens(
-    logits: Float[Array, "B V"], keys: Key[Array, " B"], index: Int[Array, ""], sampling: Sampling
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], index: Int[Array, ""], sampling: Sampling, choice: Choice
 ) -> Int[Array, " B"]:
-    """The next token of each sequence; draw number `index` of each key."""
+    """The next token of each sequence; draw number `index` of each key.
 
-    def draw() -> Array:
-        scaled = logits / sampling.temperature
-        scaled = jax.lax.cond(
-            (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0),
-            lambda: jnp.where(allowed(scaled, sampling), scaled, -jnp.inf),
-            lambda: scaled,
-        )
-        draws = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-        return jax.vmap(jax.random.categorical)(draws, scaled).astype(jnp.int32)
-
-    return jax.lax.cond(sampling.temperature > 0, draw, lambda: logits.argmax(-1).astype(jnp.int32))
+    Args:
+        choice: of `sampling`.
+    """
+    if choice == "greedy":
+        return logits.argmax(-1).astype(jnp.int32)
+    scaled = logits / sampling.temperature
+    if choice == "limited":
+        scaled = jnp.where(allowed(scaled, sampling), scaled, -jnp.inf)
+    draws = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+    return jax.vmap(jax.random.categorical)(draws, scaled).astype(jnp.int32)

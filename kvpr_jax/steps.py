@@ -8,7 +8,8 @@
                       |                         |         | the tail's form; not which layers, not the token, not the
                       |                         |         | position
     logits            | definition              |         | batch
-    sample            |                         |         | batch; not temperature, top-k, top-p, min-p or seed
+    sample            | choice                  |         | batch; not the values of temperature, top-k, top-p, min-p or
+                      |                         |         | seed
     concatenate       | axis                    |         | forms and shapes of the segments
     cross_entropy     |                         |         | batch
 
@@ -28,7 +29,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from kvpr_jax import memory
 from kvpr_jax.models.attention import Recompute
-from kvpr_jax.sampling import Sampling, sample_tokens
+from kvpr_jax.sampling import Choice, Sampling, sample_tokens
 from kvpr_jax.segments import TOKENS, Activations, Place, Segment, of_layer, stacked
 
 Params = dict[str, Any]
@@ -175,13 +176,13 @@ def logits(definition: Definition, params: Params, h: Float[Array, "B Q D"]) -> 
         return definition.module(params).decode(h[:, -1:])[:, 0]
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("choice",))
 @jax.named_scope("sample")
 def sample(
-    logits: Float[Array, "B V"], keys: Key[Array, " B"], index: Int[Array, ""], sampling: Sampling
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], index: Int[Array, ""], sampling: Sampling, *, choice: Choice
 ) -> tuple[Int[Array, " B"], Int[Array, ""]]:
     """The next token of each sequence, and index + 1; `index` counts the new tokens before it."""
-    return sample_tokens(logits, keys, index, sampling), index + 1
+    return sample_tokens(logits, keys, index, sampling, choice), index + 1
 
 
 @jax.jit

@@ -53,7 +53,8 @@ def layer_rows(measured: Profile) -> list[dict[str, str]]:
     """Compute of a decode step."""
     seconds = {
         "a layer, its cache a short tail": measured.base_s,
-        "of that, the MLP": measured.mlp_s,
+        "and each further layer of a call": measured.further_s,
+        "of a layer, the MLP": measured.mlp_s,
         **{
             f"{tokens} tokens as {form}": added_s
             for form, curve in (
@@ -65,7 +66,7 @@ def layer_rows(measured: Profile) -> list[dict[str, str]]:
         },
         "head: embedding, logits, next token": measured.head_s,
         "the host issues a layer's step in": measured.dispatch_s,
-        "and each further layer of a call": measured.layer_dispatch_s,
+        "and each further layer's of a call": measured.layer_dispatch_s,
         "the host issues one of several copies in": measured.issue_s,
         "compiling a layer": measured.compile_s,
     }

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from kvpr_jax import command_line, engines, memory
 from kvpr_jax.cache import Cache
@@ -24,7 +24,7 @@ from kvpr_jax.command_line import FAILURE, Parser, Reporter, failing_with
 from kvpr_jax.plan import Plan, Request
 from kvpr_jax.profiling import link, matmul, plain, plot, report, settings, timing
 from kvpr_jax.profiling.settings import Setting
-from kvpr_jax.runtime import Decoder
+from kvpr_jax.runtime import Decoder, read_tokens
 
 WARM_UP_STEPS = 2  # enough to compile all that comes before a flush
 
@@ -35,7 +35,7 @@ def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, requ
     plan = decoder.plan(prompts, steps + 1, request)
     short, warm_up = shortened(decoder, plan), min(steps, WARM_UP_STEPS)
     first_s, later_s = (sum_of(run(short, prompts, plan, warm_up)[0]) for _ in range(2))
-    times, cache, logits = run(decoder, prompts, plan, steps)
+    times, cache = run(decoder, prompts, plan, steps)
     return {
         "plan": plan.as_dict(),
         "compile_s": max(0.0, first_s - later_s),
@@ -43,7 +43,7 @@ def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, requ
         "recompiled": cache.recompiled,
         "longest_wait_s": cache.longest_wait_s,
         "cache_host_bytes": sum(map(memory.host_bytes, cache.groups)),
-        "compute_s": compute_s(decoder, cache, logits),
+        "compute_s": compute_s(decoder, cache),
     } | needed(decoder, plan)
 
 
@@ -81,63 +81,73 @@ def shortened(decoder: Decoder, plan: Plan) -> Decoder:
     return short
 
 
-def run(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], plan: Plan, steps: int
-) -> tuple[dict[str, Any], Cache, Array]:
+def run(decoder: Decoder, prompts: Sequence[Sequence[int]], plan: Plan, steps: int) -> tuple[dict[str, Any], Cache]:
     """Seconds of prefill; what `timed_steps` gives, with the bytes that each step fetched and what was predicted of
-    it; the cache and logits at the end."""
+    it; the cache at the end."""
     begin = time.perf_counter()
     cache, logits = decoder.prefill(prompts, plan)
-    jax.block_until_ready((cache.groups, logits))
+    tokens = greedy(logits)
+    jax.block_until_ready((cache.groups, tokens))
     prefill_s = time.perf_counter() - begin
-    columns, logits = timed_steps(
-        lambda tokens: decoder.step(cache, tokens), logits, steps,
-        lambda: {"step_bytes": cache.bytes_per_step, "predicted_step_s": cache.predicted_step_s},
+    columns = timed_steps(
+        lambda tokens: decoder.step(cache, tokens), tokens, steps,
+        lambda: {"step_bytes": cache.bytes_per_step, "predicted_step_s": cache.predicted_step_s}, lambda: cache.ahead,
     )  # fmt: skip
-    return {"prefill_s": prefill_s} | columns, cache, logits
+    return {"prefill_s": prefill_s} | columns, cache
 
 
 def run_plain(decoder: Decoder, prompts: Sequence[Sequence[int]], plan: Plan, steps: int) -> dict[str, Any]:
     """What `run` times, in plain JAX."""
     begin = time.perf_counter()
     cache, logits = plain.prefill(decoder, prompts, plan)
-    jax.block_until_ready((cache, logits))
+    tokens = greedy(logits)
+    jax.block_until_ready((cache, tokens))
     prefill_s = time.perf_counter() - begin
-    columns, _ = timed_steps(
-        lambda tokens: plain.step(decoder, cache, tokens), logits, steps, lambda: {"step_bytes": 0}
+    return {"prefill_s": prefill_s} | timed_steps(
+        lambda tokens: plain.step(decoder, cache, tokens), tokens, steps, lambda: {"step_bytes": 0}
     )
-    return {"prefill_s": prefill_s} | columns
+
+
+@jax.jit
+def greedy(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The likeliest tokens."""
+    return logits.argmax(-1).astype(jnp.int32)
 
 
 def timed_steps(
-    step: Callable[[Array], Array], logits: Array, steps: int, state: Callable[[], dict[str, Any]]
-) -> tuple[dict[str, list[Any]], Array]:
-    """Seconds of each greedy step, and the memory taken after it; the logits at the end.
+    step: Callable[[Array], Array],
+    tokens: Array,
+    steps: int,
+    state: Callable[[], dict[str, Any]],
+    ahead: Callable[[], bool] = lambda: True,
+) -> dict[str, list[Any]]:
+    """Seconds of each greedy step, from the tokens of one to those of the next, and the memory taken then.
 
     Args:
         step: from tokens (B,) to the next logits (B, V).
-        logits: before the first step.
+        tokens: before the first step; ready.
         state: what else is to be kept of each step, asked when it is done.
+        ahead: as in `read_tokens`.
     """
-    taken = []
-    for _ in range(steps):
-        begin = time.perf_counter()
-        logits = jax.block_until_ready(step(logits.argmax(-1).astype(jnp.int32)))
-        step_s, (pinned, other) = time.perf_counter() - begin, memory.resident_bytes()
-        in_use = memory.device_bytes_in_use()
-        bytes_now = {"pinned_bytes": pinned, "other_host_bytes": other, "device_bytes": in_use}
-        taken.append({"step_s": step_s} | state() | bytes_now)
-    return {name: [of_step[name] for of_step in taken] for name in taken[0]}, logits
+    taken, end = [], time.perf_counter()
+    for _ in read_tokens(lambda tokens: greedy(step(tokens)), tokens, steps, ahead):
+        begin, end = end, time.perf_counter()
+        pinned, other = memory.resident_bytes()
+        bytes_now = {"pinned_bytes": pinned, "other_host_bytes": other, "device_bytes": memory.device_bytes_in_use()}
+        taken.append({"step_s": end - begin} | state() | bytes_now)
+    return {name: [of_step[name] for of_step in taken] for name in taken[0]}
 
 
-def compute_s(decoder: Decoder, cache: Cache, logits: Array) -> float:
-    """Median seconds of a step without the link: every group reads the first one's segments, which are fetched once."""
+def compute_s(decoder: Decoder, cache: Cache) -> float:
+    """Median seconds of a step without the link, of a few in a row: every group reads the first one's segments, which
+    are fetched once."""
     cache.groups = [jax.block_until_ready(cache.fetch(0))] * len(cache.groups)
     cache.plan = dataclasses.replace(cache.plan, offloaded=False)  # so that the full tails stay on the device
     cache.flush()
     cache.engine = engines.Overlapped()  # none of a window's size, since nothing crosses
-    tokens = logits.argmax(-1).astype(jnp.int32)
-    return timing.median_s(lambda: decoder.step(cache, tokens), trials=max(1, min(5, cache.plan.tail_tokens - 2)))
+    tokens = memory.placed(jnp.zeros(cache.plan.batch, jnp.int32))
+    count = max(1, min(5, cache.plan.tail_tokens // 4))
+    return timing.median_s(lambda: [decoder.step(cache, tokens) for _ in range(count)], trials=3, warm_up=1) / count
 
 
 def sum_of(times: dict[str, Any]) -> float:

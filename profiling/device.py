@@ -111,6 +111,7 @@ class Device:
             to_host=copies,
             both=copies,  # PCIe carries both directions at once
             base_s=base_s,
+            further_s=base_s,
             mlp_s=base_s * weights.mlp_bytes / weights.layer_bytes,
             keys_values=[(1, keys_values_s)],
             project=[(1, 2 * formed_s + keys_values_s)],

@@ -18,7 +18,7 @@ TRIALS = 15
 UNDER_WAY = 4  # copies at once, about as many as an engine's window has: a link is slower where all are issued at once
 # Copies in a row, few and many: what the others add to the first ones is free of the cost of beginning.
 COPIES: dict[Way, tuple[int, int]] = {"to_device": (4, 20), "to_host": (4, 12), "both": (4, 12)}
-ISSUED = 16  # copies issued by one call, of which each is to be told; a group's call has a few
+ISSUED = 2  # copies of one call, as of a group's keys and values
 LARGE = 256 * MIB  # what shows all of a GPU's bandwidth
 
 

@@ -5,19 +5,22 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent import futures
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array
 
 from kvpr_jax import memory, steps
 from kvpr_jax.config import ModelConfig
@@ -25,20 +28,34 @@ from kvpr_jax.models import Model, abstract
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling import curves, link, nvidia
 from kvpr_jax.profiling.curves import Curve
-from kvpr_jax.profiling.timing import issued_s, median_s, trials_s
+from kvpr_jax.profiling.timing import issued_s, trials_s
 from kvpr_jax.sampling import Sampling, prompt_keys
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
-VERSION = 7  # of the file's meaning
-PROBE_TOKENS, PROBE_TOKENS_ON_CPU = 16384, 1024  # over the batch: tokens in the longest segment that is measured
-FEWER = 32  # times as few in the shortest one
-BETWEEN = (2, 4, 8)  # and in others: projecting is no line, since each length gets the matrix product that suits it
+VERSION = 8  # of the file's meaning
+PROBE_TOKENS, PROBE_TOKENS_ON_CPU = 16384, 512  # over the batch: tokens in the longest segment that is measured
 PROBE_TAIL = 16  # slots in the tail of the steps measured: it costs as much as another segment
-SEVERAL = 4  # layers of a call that tells what the host needs for each further one
-CALLS = 8  # layer steps dispatched together, as the engine does
-SHORT_S = 0.015  # of those: there are more of them, or what is between the first call and the device counts as theirs
+SEVERAL = 4  # layers of a call, where one takes less than `SHORT_LAYER_S` and a segment of all less than
+SHORT_LAYER_S = 1e-3
+SHORT_BYTES = 2**27  # as keys and values: such layers go in groups
+CALLS = 8  # dispatched together, as the engine does, at least
+SHORT_S = 0.015  # of those, at least
 LONG_S = 0.1  # more is measured by single calls, so that a slow machine is done in seconds too
-ENOUGH_S = 17.0  # of measuring: then no shorter segments, and in the ways that no plan asks for one size only
+ENOUGH_S = 13.0  # then no shorter segments, and in the ways that no plan asks for one size only
+COMPILERS = 4  # threads: more of them gain little, since Python and what tries products on a GPU go one at a time
+FORMS: dict[str, tuple[str, Recompute]] = {  # by their curves: how a segment is held, and what is done with it
+    "keys_values": ("keys_values", "project"),
+    "project": ("activations", "project"),
+    "absorb": ("activations", "absorb"),
+}
+# Segments measured, the most telling first, and how many times as few tokens they have as the longest one. Projecting
+# is no line: each length gets the matrix product that suits it.
+SEGMENTS = (
+    ("keys_values", 1), ("project", 1), ("absorb", 1),
+    ("project", 4), ("absorb", 4), ("keys_values", 32), ("project", 2), ("project", 8), ("absorb", 32), ("project", 32),
+)  # fmt: skip
+
+Calls = Callable[[int], Any]  # issues the same so many times, and returns what to wait for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +66,11 @@ class Profile:
         machine: everything that would make the profile stale if it changed.
         to_device, to_host: (bytes, seconds) of copies by size.
         both: the same of one copy each way, where copies cross in both directions at once.
-        base_s: one layer step whose cache is a short tail: projections, norms, MLP, and attention at its least.
-        mlp_s: the MLP's part of it.
+        base_s, further_s: one layer step whose cache is a short tail (projections, norms, MLP, and attention at its
+            least), and each further layer in one call.
+        mlp_s: the MLP's part of one.
         keys_values, project, absorb: (tokens, seconds) that a segment of the cache adds to it in each form, by length.
-        head_s: embedding, logits and sampling of a step.
+        head_s: embedding, logits and sampling of a step, of many in a row.
         dispatch_s, layer_dispatch_s: what the host needs to issue a layer step, and each further layer in one call.
         issue_s: what it needs to issue one of several copies.
         compile_s: tracing and compiling one layer step.
@@ -63,6 +81,7 @@ class Profile:
     to_host: Curve
     both: Curve
     base_s: float
+    further_s: float
     mlp_s: float
     keys_values: Curve
     project: Curve
@@ -77,9 +96,9 @@ class Profile:
         """Seconds that one host-to-device copy adds to others under way."""
         return curves.of_copy(self.to_device, nbytes)
 
-    def layer_s(self, recompute: Recompute, activations: int, keys_values: int) -> float:
-        """Seconds of one layer step over so many tokens in each form, a segment each."""
-        seconds = self.base_s
+    def layer_s(self, recompute: Recompute, activations: int, keys_values: int, group: int = 1) -> float:
+        """Seconds of one of `group` layers in one call over so many tokens in each form, a segment each."""
+        seconds = (self.base_s + (group - 1) * self.further_s) / group
         if activations:
             seconds += curves.of_segment(self.project if recompute == "project" else self.absorb, activations)
         if keys_values:
@@ -110,54 +129,72 @@ def measure(
     Args:
         progress: called with (measurements done, measurements in all).
     """
-    one = _some(abstract(dataclasses.replace(config, num_layers=1), dtype))
+    begin = time.perf_counter()
     probe = PROBE_TOKENS_ON_CPU if memory.device_memory_is_host_memory() else PROBE_TOKENS
     tokens = max(32, min(probe // batch, 2048))
-    few, *between = (tokens // times for times in (FEWER, *BETWEEN))
-    slots = jnp.arange(tokens, dtype=jnp.int32)
-    x = _numbers((1, batch, tokens, config.hidden_size), dtype)
-    kv = _numbers((1, batch, tokens, config.num_kv_heads, config.head_dim), dtype)
-    activations, keys_values = Activations(x, slots), KeysValues(kv, kv, slots)
-    forms: dict[str, tuple[Segment, Recompute]] = {
-        "keys_values": (keys_values, "project"), "project": (activations, "project"), "absorb": (activations, "absorb")
-    }  # fmt: skip
-
-    def over(form: str, count: int) -> Callable[[], tuple[float, float]]:
-        segment, recompute = forms[form]
-        return lambda: _run_s(_calls(one, batch, (memory.placed(segment[:count]),), recompute))
-
-    empty, several = (_calls(one, batch, (), layers=count) for count in (1, SEVERAL))
-    measurements: dict[Any, Callable[[], Any]] = {
-        "empty": lambda: _run_s(empty),
-        **{(form, tokens): over(form, tokens) for form in forms},
-        "dispatch": lambda: _dispatch_s(empty, measured["empty"][1]),
-        "dispatch of several": lambda: _dispatch_s(several, SEVERAL * measured["empty"][1]),
-        "mlp": functools.partial(_mlp_s, one, batch),
-        "head": functools.partial(_head_s, one, batch),
+    one = _some(abstract(dataclasses.replace(config, num_layers=1), dtype))
+    empty = _layers(one, batch)
+    first_s, base_s = _first_s(empty), _run_s(empty)
+    several = SEVERAL if base_s < SHORT_LAYER_S else 1
+    token_bytes = several * batch * config.kv_width * jnp.dtype(dtype).itemsize
+    forms = [(form, tokens // times) for form, times in SEGMENTS]
+    layers = {count: several if count * token_bytes <= SHORT_BYTES else 1 for _, count in forms}  # of a call
+    segments = _segments(one, batch, layers)
+    calls: dict[Any, Calls] = {"several": _layers(one, batch, layers=several)}
+    calls |= {"mlp": _mlp(one, batch), "head": _head(one, batch)}
+    for form, count in forms:
+        held, recompute = FORMS[form]
+        calls[form, count] = _layers(one, batch, (segments[held, count],), recompute, layers[count])
+    measurements: dict[Any, Callable[[], float]] = {name: functools.partial(_run_s, of) for name, of in calls.items()}
+    measurements |= {
+        "dispatch": lambda: _dispatch_s(empty, base_s),
+        "dispatch of several": lambda: _dispatch_s(calls["several"], measured["several"]),
         "issue": link.issue_s,
     }
-    copies: dict[link.Way, dict[Any, Callable[[], float]]] = {
-        way: {(way, size): functools.partial(link.copy_s, way, size) for size in link.sizes(way)}
-        for way in get_args(link.Way)
-    }
-    needed = {*measurements, *copies["to_device"], *(next(iter(sizes)) for sizes in copies.values())}
-    measurements |= copies["to_device"] | {(form, few): over(form, few) for form in forms}
-    measurements |= {("project", count): over("project", count) for count in between}
-    measurements |= copies["to_host"] | copies["both"]
-    measured: dict[Any, Any] = {}
-    begin = time.perf_counter()
-    for done, (name, measurement) in enumerate(measurements.items(), start=1):
-        if name in needed or time.perf_counter() - begin < ENOUGH_S:
-            measured[name] = measurement()
-        if progress is not None:
-            progress(done, len(measurements))
+    needed = {*measurements} - {(form, count) for form, count in forms if count < tokens}
+    for way in get_args(link.Way):
+        sizes = link.sizes(way)
+        measurements |= {(way, size): functools.partial(link.copy_s, way, size) for size in sizes}
+        needed |= {(way, size) for size in (sizes if way == "to_device" else sizes[:1])}
+    done = itertools.count(1)
 
-    compile_s, base_s = measured["empty"]
-    dispatch_s = min(measured["dispatch"], base_s)
+    def next_one() -> None:
+        if progress is not None:
+            progress(next(done), 1 + len(calls) + len(measurements))
+
+    def in_time(name: Any) -> bool:
+        return name in needed or time.perf_counter() - begin < ENOUGH_S
+
+    def compiled(name: Any) -> bool:
+        """Whether there was time to compile its calls."""
+        if in_time(name):
+            jax.block_until_ready(calls[name](1))
+            return True
+        return False
+
+    next_one()
+    measured: dict[Any, float] = {}
+    for names in ([name for name in measurements if (name in needed) == first] for first in (True, False)):
+        # Side by side, so that it takes a few seconds for all of them; nothing is measured meanwhile.
+        with futures.ThreadPoolExecutor(COMPILERS) as pool:
+            compiling = {name: pool.submit(compiled, name) for name in names if name in calls}
+            for _ in futures.as_completed(compiling.values()):
+                next_one()
+        for name in names:
+            if compiling[name].result() if name in compiling else in_time(name):
+                measured[name] = measurements[name]()
+            next_one()
+
+    empty_s, dispatch_s = {several: measured["several"]} | {1: base_s}, min(measured["dispatch"], base_s)
+
+    def further(several_s: float, one_s: float) -> float:
+        """What each further layer takes, no more than one alone."""
+        return min(max(0.0, several_s - one_s) / (several - 1), one_s) if several > 1 else one_s
 
     def by_length(form: str) -> Curve:
-        lengths = [count for count in sorted({few, *between, tokens}) if (form, count) in measured]
-        return [(count, max(0.0, measured[form, count][1] - base_s)) for count in lengths]
+        found = sorted(count for of, count in forms if of == form and (of, count) in measured)
+        added_s = {count: measured[form, count] - empty_s[layers[count]] for count in found}
+        return [(count, max(0.0, added_s[count]) / layers[count]) for count in found]
 
     def by_size(way: link.Way) -> Curve:
         return [(size, measured[way, size]) for size in link.sizes(way) if (way, size) in measured]
@@ -168,34 +205,56 @@ def measure(
         to_host=by_size("to_host"),
         both=by_size("both"),
         base_s=base_s,
+        further_s=further(measured["several"], base_s),
         mlp_s=min(measured["mlp"], base_s),
         keys_values=by_length("keys_values"),
         project=by_length("project"),
         absorb=by_length("absorb"),
         head_s=measured["head"],
         dispatch_s=dispatch_s,
-        layer_dispatch_s=min(max(0.0, measured["dispatch of several"] - dispatch_s) / (SEVERAL - 1), dispatch_s),
+        layer_dispatch_s=further(measured["dispatch of several"], dispatch_s),
         issue_s=measured["issue"],
-        compile_s=compile_s,
+        compile_s=max(0.0, first_s - base_s),
     )
 
 
-def _numbers(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def _numbers(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     """Numbers that are nothing special, repeated: on a CPU a layer of random ones takes long to draw."""
-    some = 0.02 * jax.random.normal(jax.random.key(0), (2**16 + 1,), dtype)
-    return jnp.resize(some, shape)
+    return jnp.resize(0.02 * jax.random.normal(key, (2**16 + 1,), dtype), shape)
 
 
 def _some(model: Model) -> Model:
-    """A model of these shapes, with such numbers."""
+    """A model of these shapes, with such numbers; all made by one function, since each one takes long to compile."""
     graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(lambda leaf: _numbers(leaf.shape, leaf.dtype), state))
+    made = jax.jit(lambda key: jax.tree.map(lambda leaf: _numbers(key, leaf.shape, leaf.dtype), state))
+    return nnx.merge(graphdef, made(jax.random.key(0)))
 
 
-def _calls(
-    model: Model, batch: int, segments: tuple[Segment, ...], recompute: Recompute = "project", layers: int = 1
-) -> Callable[[int], jax.Array]:
-    """A function that issues so many calls, each of one layer, or of several, over these segments of theirs."""
+def _segments(model: Model, batch: int, layers: Mapping[int, int]) -> dict[tuple[str, int], Segment]:
+    """Segments of such numbers by form and length.
+
+    Args:
+        layers: how many of them, by length.
+    """
+    config, dtype = model.config, model.dtype
+
+    @jax.jit
+    def made(key: Array) -> dict[tuple[str, int], Segment]:
+        segments: dict[tuple[str, int], Segment] = {}
+        for count, of in layers.items():
+            shape, slots = (of, batch, count), jnp.arange(count, dtype=jnp.int32)
+            kv = _numbers(key, (*shape, config.num_kv_heads, config.head_dim), dtype)
+            segments["keys_values", count] = KeysValues(kv, kv, slots)
+            segments["activations", count] = Activations(_numbers(key, (*shape, config.hidden_size), dtype), slots)
+        return segments
+
+    return memory.placed(made(jax.random.key(0)))
+
+
+def _layers(
+    model: Model, batch: int, segments: tuple[Segment, ...] = (), recompute: Recompute = "project", layers: int = 1
+) -> Calls:
+    """Steps of one layer, or of several in one call, over these segments of theirs."""
     config, dtype = model.config, model.dtype
     shape = (layers, batch, PROBE_TAIL, config.num_kv_heads, config.head_dim)
     slots = 2**20 + jnp.arange(PROBE_TAIL, dtype=jnp.int32)
@@ -204,7 +263,7 @@ def _calls(
     tail: Segment = memory.placed(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots))
     definition, params = steps.split_module(model.layers[0])
 
-    def calls(count: int) -> jax.Array:
+    def calls(count: int) -> Array:
         nonlocal tail
         out = h
         for _ in range(count):
@@ -216,43 +275,50 @@ def _calls(
     return calls
 
 
-def _run_s(calls: Callable[[int], Any]) -> tuple[float, float]:
-    """Seconds to compile what `calls` issues so many times, and to run it once."""
-    first_s, *later = trials_s(lambda: calls(1), trials=3, warm_up=0)
-    run_s = min(later)
-    if CALLS * run_s < LONG_S:
-        count = max(CALLS, math.ceil(SHORT_S / run_s))
-        run_s = median_s(lambda: calls(count)) / count
-    return max(0.0, first_s - run_s), run_s
-
-
-def _dispatch_s(calls: Callable[[int], Any], run_s: float) -> float:
-    """Seconds that the host needs to issue a call which takes `run_s` on the device."""
-    count, trials = (CALLS, 5) if CALLS * run_s < LONG_S else (1, 1)
-    jax.block_until_ready(calls(1))  # compiled
-    return issued_s(lambda: calls(count), trials) / count
-
-
-def _mlp_s(model: Model, batch: int) -> float:
-    """Seconds of one layer's MLP in a decode step."""
+def _mlp(model: Model, batch: int) -> Calls:
+    """One layer's MLP in a decode step."""
     definition, params = steps.split_module(model.layers[0].mlp)
     h = memory.placed(jnp.ones((batch, 1, model.config.hidden_size), model.dtype))
     run = jax.jit(lambda params, h: definition.module(params)(h))
-    return _run_s(lambda count: [run(params, h) for _ in range(count)])[1]
+    return lambda count: [run(params, h) for _ in range(count)]
 
 
-def _head_s(model: Model, batch: int) -> float:
-    """Seconds of what surrounds the layers in a step: embedding, logits and the next token. The least of a few trials,
-    which vary by a factor of two where another process keeps the host busy."""
-    embedder = steps.split_module(model.embedder)
-    tokens, place = jnp.zeros((batch, 1), jnp.int32), Place(jnp.zeros(1, jnp.int32), None)
-    keys, index, sampling = prompt_keys(0, [[0]] * batch), jnp.int32(0), Sampling()
+def _head(model: Model, batch: int) -> Calls:
+    """What surrounds the layers in a step: embedding, logits and the next token."""
+    embedder, sampling = steps.split_module(model.embedder), Sampling()
+    place = memory.placed(Place(jnp.zeros(1, jnp.int32), None))
+    keys, start = prompt_keys(0, [[0]] * batch), memory.placed((jnp.zeros(batch, jnp.int32), jnp.int32(0)))
 
-    def surround() -> Any:
-        logits = steps.logits(*embedder, steps.embed(*embedder, tokens, place)[0])
-        return steps.sample(logits, keys, index, sampling)
+    def calls(count: int) -> Array:
+        tokens, index = start
+        for _ in range(count):
+            h, _ = steps.embed(*embedder, tokens[:, None], place)
+            logits = steps.logits(*embedder, h)
+            tokens, index = steps.sample(logits, keys, index, sampling, choice=sampling.choice)
+        return tokens
 
-    return min(trials_s(surround))
+    return calls
+
+
+def _first_s(calls: Calls) -> float:
+    """Seconds of the first call, which traces and compiles."""
+    return trials_s(lambda: calls(1), trials=1, warm_up=0)[0]
+
+
+def _run_s(calls: Calls) -> float:
+    """Seconds to run once what `calls` issues; it is compiled."""
+    one_s = min(trials_s(lambda: calls(1), trials=2, warm_up=0))
+    if CALLS * one_s >= LONG_S:
+        return one_s
+    count = max(CALLS, math.ceil(SHORT_S / one_s))
+    # What the others add to the first one is free of the cost of beginning.
+    return max(min(trials_s(lambda: calls(count))) - one_s, 0.0) / (count - 1)
+
+
+def _dispatch_s(calls: Calls, run_s: float) -> float:
+    """Seconds that the host needs to issue a call which takes `run_s` on the device."""
+    count, trials = (CALLS, 5) if CALLS * run_s < LONG_S else (1, 1)
+    return issued_s(lambda: calls(count), trials) / count
 
 
 def cache_directory() -> Path:
@@ -290,7 +356,7 @@ def parsed(fields: Any) -> Profile:
             values[name] = _curve(values[name])
             if min(map(min, values[name])) <= 0:
                 raise ValueError("copies take bytes and seconds")
-        for name in ("keys_values", "project", "absorb"):
+        for name in FORMS:
             values[name] = _curve(values[name])
             if min(tokens for tokens, _ in values[name]) <= 0:
                 raise ValueError("segments have tokens")

@@ -78,13 +78,15 @@ def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, resi
     cache, logits = decoder.prefill(prompts, plan)
     leave(cache, resident)
 
-    def timed(logits: jax.Array, count: int) -> tuple[dict[str, list[Any]], jax.Array]:
+    tokens = jax.block_until_ready(decode.greedy(logits))
+
+    def timed(count: int) -> dict[str, list[Any]]:
         return decode.timed_steps(
-            lambda tokens: decoder.step(cache, tokens), logits, count, lambda: {"step_bytes": cache.bytes_per_step}
+            lambda tokens: decoder.step(cache, tokens), tokens, count, lambda: {"step_bytes": cache.bytes_per_step}
         )
 
-    _, logits = timed(logits, decode.WARM_UP_STEPS)
-    return {"resident": list(resident)} | timed(logits, steps)[0]
+    timed(decode.WARM_UP_STEPS)
+    return {"resident": list(resident)} | timed(steps)
 
 
 def rows(results: dict[str, dict[str, Any]], link_gb_per_s: float) -> list[dict[str, str]]:

@@ -70,7 +70,7 @@ class Setting:
             ValueError: it is unknown.
         """
         config = shape(self.model, self.layers)
-        positions = self.prompt + self.new_tokens + 16  # random weights: any number will do
+        positions = self.prompt + self.new_tokens + 32  # random weights: any number will do
         config = dataclasses.replace(config, max_positions=max(config.max_positions, positions))
         return Decoder(Model(config, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(0)))
 

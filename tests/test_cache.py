@@ -158,7 +158,7 @@ def test_a_step_is_predicted_with_its_tail_in_its_own_form(split):
     link_s = cache.plan.costs.link_s(split, PROMPT - split)
     compute_s = given.base_s + (PROMPT + TAIL) * each_s
     assert link_s < compute_s
-    assert cache.predicted_step_s == pytest.approx(CONFIG.num_layers * compute_s + given.dispatch_s + given.head_s)
+    assert cache.predicted_step_s == pytest.approx(CONFIG.num_layers * compute_s + given.head_s)
 
 
 @pytest.mark.parametrize("split, offload", [(0, "all"), (None, "none")])

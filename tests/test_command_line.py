@@ -516,9 +516,12 @@ def shown_after(loaded, prompts, tokens: int, **options) -> list[str]:
     return [output.text for output in running.outputs]
 
 
+SIXTH = 6  # step: issued when five tokens are known, that of prefill and of four steps; the fifth's is on its way
+
+
 def test_ctrl_c_keeps_the_text_so_far(run, loaded, interrupted):
     expected = shown_after(loaded, PROMPT, 5)[0]
-    interrupted(Decoder, "step", 5)
+    interrupted(Decoder, "step", SIXTH)
     result = run("--prompt", PROMPT)
     assert (result.code, result.out) == (130, expected + "\n") and expected
     assert "Traceback" not in result.err and "generation: 5 tokens" in result.err
@@ -526,13 +529,13 @@ def test_ctrl_c_keeps_the_text_so_far(run, loaded, interrupted):
 
 def test_ctrl_c_keeps_the_texts_so_far_of_all_prompts(run, loaded, interrupted):
     first, second = shown_after(loaded, [PROMPT, "x"], 5)
-    interrupted(Decoder, "step", 5)
+    interrupted(Decoder, "step", SIXTH)
     result = run("--prompt", PROMPT, "--prompt", "x", "--quiet")
     assert result == Result(130, f"==> 1/2: {PROMPT!r}\n{first}\n==> 2/2: 'x'\n{second}\n", "")
 
 
 def test_ctrl_c_leaves_one_json_object(run, loaded, interrupted):
-    interrupted(Decoder, "step", 5)
+    interrupted(Decoder, "step", SIXTH)
     result = run("--prompt", PROMPT, "--json", "--quiet")
     (output,) = one_object(result.out)["outputs"]
     assert (result.code, result.err, output["finish_reason"], len(output["token_ids"])) == (130, "", None, 5)

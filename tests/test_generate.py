@@ -17,7 +17,9 @@ from tokenizers import Tokenizer, decoders, models
 
 from helpers import OPT, greedy, random_model
 from kvpr_jax import Decoder, Request, Stream, checkpoint, generate, stream
+from kvpr_jax import cache as cache_module
 from kvpr_jax.generate import encode
+from kvpr_jax.sampling import Sampling
 
 api = importlib.import_module("kvpr_jax.generate")  # the package's attribute of this name is the function
 
@@ -163,7 +165,14 @@ def test_pieces_make_up_the_outputs(model, tokenizer, outputs):
     assert [piece.index for piece in pieces] == [0, 1, 2] * NEW  # a token of each, step by step
 
 
-def test_a_token_is_handed_out_as_soon_as_it_is_known(model, tokenizer, monkeypatch):
+@pytest.mark.parametrize("ahead_s, engine, expected", [
+    (0.0, "overlapped", [0, 1, 2, 3, 4, 5, 6]),
+    (1.0, "overlapped", [0, 2, 3, 3, 5, 6, 6]),  # behind the third step comes a flush
+    (1.0, "sequential", [0, 1, 2, 3, 4, 5, 6]),
+])  # fmt: skip
+def test_a_token_is_handed_out_as_soon_as_it_is_known(ahead_s, engine, expected, model, tokenizer, monkeypatch):
+    """Or as soon as the next step is issued, where steps are short; by either the same tokens."""
+    monkeypatch.setattr(cache_module, "AHEAD_S", ahead_s)
     dispatched: list[int] = []
     step = Decoder.step
 
@@ -172,8 +181,11 @@ def test_a_token_is_handed_out_as_soon_as_it_is_known(model, tokenizer, monkeypa
         return step(self, cache, tokens)
 
     monkeypatch.setattr(Decoder, "step", counting)
-    seen = [len(dispatched) for _ in stream(model, tokenizer, "x", max_new_tokens=6, ignore_eos=True)]
-    assert seen == [0, 1, 2, 3, 4, 5]
+    options = {"offload": "all", "engine": engine, "tail_tokens": 3}
+    running = stream(model, tokenizer, "x", max_new_tokens=7, ignore_eos=True, **options)
+    assert [len(dispatched) for _ in running] == expected
+    by_hand, _, _, _ = greedy(Decoder(model), encode(tokenizer, ["x"]), 7, Request())
+    assert running.outputs[0].token_ids == by_hand[0].tolist()
 
 
 def test_statistics_count_what_happened(model, tokenizer):
@@ -299,6 +311,14 @@ def test_spaces_that_depend_on_neighbours_are_kept():
     assert pieces[:3] == ["one", " two", "word"]
 
 
+@pytest.mark.parametrize("sampling, choice", [
+    (Sampling(), "greedy"), (Sampling(0.0, top_k=3, top_p=0.5), "greedy"), (Sampling(0.7), "unlimited"),
+    (Sampling(0.7, top_k=1), "limited"), (Sampling(0.7, top_p=0.99), "limited"), (Sampling(0.7, min_p=0.01), "limited"),
+])  # fmt: skip
+def test_what_sampling_computes_is_told_from_its_values(sampling, choice):
+    assert sampling.choice == choice
+
+
 # Ends
 
 
@@ -329,14 +349,16 @@ def test_every_end_of_sequence_token_of_the_config_ends(say, model, tokenizer, m
     assert (second.text, second.finish_reason) == ("aa", "stop")
 
 
-def test_work_ends_with_the_last_sequence(say, tokenizer, monkeypatch):
-    """No step runs for tokens that nobody will see."""
+@pytest.mark.parametrize("ahead_s, in_vain", [(0.0, 0), (1.0, 1)])
+def test_work_ends_with_the_last_sequence(ahead_s, in_vain, say, tokenizer, monkeypatch):
+    """No step runs for tokens that nobody will see, but for the one that may be issued ahead."""
+    monkeypatch.setattr(cache_module, "AHEAD_S", ahead_s)
     steps: list[int] = []
     step = Scripted.step
     monkeypatch.setattr(Scripted, "step", lambda self, *a: steps.append(1) or step(self, *a))
     eos, a = tokenizer.eos_token_id, tokens_of_bytes(tokenizer)[ord("a")]
     say(tokenizer, [a, eos], [a, a, a, eos], max_new_tokens=50)
-    assert len(steps) == 3
+    assert len(steps) == 3 + in_vain
 
 
 @pytest.mark.parametrize("text, stop, expected", [

@@ -198,7 +198,10 @@ def test_draws_follow_the_probabilities_of_transformers(sampling):
     probability = torch.softmax(torch.from_numpy(warped(row, sampling)), -1).double().numpy()[0]
     keys = prompt_keys(3, [[index, 7] for index in range(20000)])
     logits = jnp.broadcast_to(jnp.asarray(row), (20000, 9))
-    first, second = (np.asarray(steps.sample(logits, keys, jnp.int32(index), sampling)[0]) for index in (0, 1))
+    first, second = (
+        np.asarray(steps.sample(logits, keys, jnp.int32(index), sampling, choice=sampling.choice)[0])
+        for index in (0, 1)
+    )
     for draws in (first, second):
         assert_drawn_from(np.bincount(draws, minlength=9), probability)
     assert_drawn_from(np.bincount(first * 9 + second, minlength=81), np.outer(probability, probability).ravel())

@@ -38,6 +38,7 @@ def test_the_profile_of_opt_by_hand():
     mlp = 44 * 53 + 53 + 53 * 44 + 44
     layer = 4 * (44 * 44 + 44) + mlp + 4 * 44
     assert found.base_s == pytest.approx(1e-5 + layer * 2 / 5e11)
+    assert found.further_s == found.base_s
     assert found.mlp_s == pytest.approx(found.base_s * mlp / layer)
     assert added_s(found.keys_values) == pytest.approx(2 * 3 * 44 * 2 / 7e11)
     assert added_s(found.project) == pytest.approx(4 * 3 * 44 * 44 / 3e14 + 2 * 3 * 44 * 2 / 7e11)
@@ -234,7 +235,7 @@ def changed(**changes):
     (changed(memory_bytes=0), "memory_bytes 0 must be above 0"),
     (changed(synthetic="no"), "synthetic 'no' must be of type bool"),
     (json.dumps({"machine": {}}), "a Profile lacks absorb, base_s, "),
-    (json.dumps(dataclasses.asdict(profile(base_s=-1.0))), "base_s -1.0 is of no use: -1.0 s"),
+    (json.dumps(dataclasses.asdict(profile(base_s=-1.0, further_s=1e-4))), "base_s -1.0 is of no use: -1.0 s"),
     (json.dumps(dataclasses.asdict(profile(to_device=[]))), "to_device [] is of no use: "),
     (json.dumps(dataclasses.asdict(profile()) | {"machine": 3}), "machine 3 is of no use: "),
 ])  # fmt: skip

@@ -132,7 +132,7 @@ def test_every_combination_is_swept_the_largest_first_with_one_set_of_weights(mo
     monkeypatch.chdir(tmp_path)
     prompts = ["--prompt", "5", "--prompt", "2000", "--prompt", "5"]
     assert splits.main([*SETTING, "--batch", "3", *prompts, "--recompute", "absorb"]) == 0
-    shared = 3, 9, ["absorb"], 2000 + 3 + 16
+    shared = 3, 9, ["absorb"], 2000 + 3 + 32
     assert swept == [(3, 2000, *shared), (2, 2000, *shared), (3, 5, *shared), (2, 5, *shared)]
     assert all(decoder is decoders[0] for decoder in decoders)
     folder = Path("profiling/results/cpu")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import jinja2
 import numpy as np
@@ -15,7 +16,7 @@ from kvpr_jax import checkpoint, compiling, memory, steps
 from kvpr_jax.cache import Cache
 from kvpr_jax.models import Model
 from kvpr_jax.plan import Plan, Request
-from kvpr_jax.runtime import Decoder
+from kvpr_jax.runtime import Decoder, read_tokens
 from kvpr_jax.sampling import Sampling, prompt_keys
 
 Tokenizer = transformers.PreTrainedTokenizerBase
@@ -155,21 +156,30 @@ def token_steps(
 ) -> Iterator[tuple[np.ndarray, Cache]]:
     """Prefill, then yield the (B,) next tokens of each step together with the cache.
 
-    While the caller reads, the first layer's copies for the next step are under way already.
+    While the caller reads, the first layers' copies for the next step are under way already, and where steps are short
+    (`Cache.ahead`), all of that step.
     """
     sampling.check()
-    keys = prompt_keys(seed, prompts)
+    keys, choice = prompt_keys(seed, prompts), sampling.choice
     cache, logits = decoder.prefill(prompts, plan, progress)
     # On the device once and for all: what a step uploads would queue behind the copies of segments.
     sampling, index = memory.placed((sampling, jnp.int32(0)))
-    tokens, index = steps.sample(logits, keys, index, sampling)
+
+    def choose(logits: jax.Array) -> jax.Array:
+        nonlocal index
+        tokens, index = steps.sample(logits, keys, index, sampling, choice=choice)
+        return tokens
+
+    tokens = choose(logits)
     yield np.asarray(tokens), cache
-    for _ in range(1, max_new_tokens):
-        begin = time.perf_counter()
-        tokens, index = steps.sample(decoder.step(cache, tokens), keys, index, sampling)
-        known = np.asarray(tokens)
+    begin = time.perf_counter()
+    following = read_tokens(
+        lambda tokens: choose(decoder.step(cache, tokens)), tokens, max_new_tokens - 1, lambda: cache.ahead
+    )
+    for known in following:
         cache.observe(time.perf_counter() - begin)
         yield known, cache
+        begin = time.perf_counter()
 
 
 class _Writer:
@@ -258,7 +268,8 @@ class Stream:
             if first is None:
                 first, statistics.prefill_s = now, now - begin
             statistics.decode_s, statistics.decode_steps = now - first, step
-            statistics.link_bytes, statistics.miss = cache.fetched_bytes, cache.miss
+            statistics.link_bytes += cache.bytes_per_step if step else 0  # a flush comes between reading and stepping
+            statistics.miss = cache.miss
             statistics.compile_s = compiling.compile_s() - compiled_s
             statistics.recompiled, statistics.longest_wait_s = cache.recompiled, cache.longest_wait_s
             statistics.peak_device_bytes = memory.peak_device_bytes()
