@@ -79,7 +79,7 @@ class Cache:
         self._new_tails()
 
     @property
-    def ahead(self) -> bool:
+    def may_issue_ahead(self) -> bool:
         """Whether the next step may be issued before the tokens of this one are read.
 
         A long step would hold them back for as long as it takes, and gains next to nothing.
@@ -120,19 +120,19 @@ class Cache:
     def observe(self, step_s: float) -> None:
         """Take note of how long the last step took. Where steps miss the prediction for long, later tails are planned
         by what was measured."""
-        plan = self.plan
-        revisable = plan.offloaded and not plan.forced and self.config.activations_are_smaller
-        times = self._pace.lasting_miss(step_s, self.predicted_step_s)
-        if times is None or not revisable:
+        plan, predicted_s = self.plan, self.predicted_step_s
+        times = self._pace.lasting_miss(step_s, predicted_s)
+        if times is None:
             return
-        measured_s = times * self.predicted_step_s
-        self._slowed, blamed = plan.slowed(self._read(), measured_s)
+        self.predicted_step_s = times * predicted_s
+        if not plan.offloaded or plan.forced or not self.config.activations_are_smaller:
+            return
+        self._slowed, blamed = plan.slowed(self._read(), self.predicted_step_s)
         if self.miss is None:
             self.miss = (
-                f"decode steps take {measured_s * 1e3:.2f} ms, {self.predicted_step_s * 1e3:.2f} ms were predicted: "
+                f"decode steps take {self.predicted_step_s * 1e3:.2f} ms, {predicted_s * 1e3:.2f} ms were predicted: "
                 f"{blamed} must be slower than when this machine was profiled; later tokens are held accordingly"
             )
-        self.predicted_step_s = measured_s
 
     @property
     def written(self) -> int:

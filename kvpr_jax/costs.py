@@ -9,7 +9,7 @@ beside the compute of the group before, and the host issues both:
     step_s(l)    = max(link_s, compute_s + head, issue_s + head)
 
 since the window reaches over the ends of steps, and a short step is issued before the host has read the tokens of the
-one before it.
+one before it; a long one waits for that, which takes next to nothing of it.
 
 A form's tokens count as one copy, or two, however many segments they are in: merging keeps those few.
 `two_phase_step_s` is the cost model of the paper (arXiv 2411.17089, equations 8 to 11), kept for comparison.

@@ -176,10 +176,10 @@ class Decoder:
 def read_tokens(
     step: Callable[[Int[Array, " B"]], Int[Array, " B"]],
     tokens: Int[Array, " B"],
-    steps: int,
+    count: int,
     ahead: Callable[[], bool],
 ) -> Iterator[np.ndarray]:
-    """The tokens of each of so many steps, as soon as the host knows them; or once the next step is issued, so that
+    """The tokens of each of `count` steps, as soon as the host knows them; or once the next step is issued, so that
     the device need not wait until the host has read them and issued the next step's first layers.
 
     Args:
@@ -188,7 +188,7 @@ def read_tokens(
         ahead: asked behind each step, whether the next one is to be issued first.
     """
     unread = None
-    for _ in range(steps):
+    for _ in range(count):
         tokens = step(tokens)
         if unread is not None:
             yield np.asarray(unread)

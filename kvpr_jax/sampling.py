@@ -34,7 +34,7 @@ class Sampling:
     def choice(self) -> Choice:
         """What the values ask for. Told from them where the host knows them: where the device had to tell, a step's
         layers could not be issued before the one before it is done."""
-        if not self.temperature:
+        if self.temperature < np.finfo(np.float32).tiny:  # 0 to the device
             return "greedy"
         return "limited" if self.top_k or self.top_p < 1 or self.min_p else "unlimited"
 

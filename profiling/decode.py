@@ -7,10 +7,12 @@ streams them can be faster.
 import argparse
 import copy
 import dataclasses
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any, get_args
 
@@ -91,7 +93,8 @@ def run(decoder: Decoder, prompts: Sequence[Sequence[int]], plan: Plan, steps: i
     prefill_s = time.perf_counter() - begin
     columns = timed_steps(
         lambda tokens: decoder.step(cache, tokens), tokens, steps,
-        lambda: {"step_bytes": cache.bytes_per_step, "predicted_step_s": cache.predicted_step_s}, lambda: cache.ahead,
+        lambda: {"step_bytes": cache.bytes_per_step, "predicted_step_s": cache.predicted_step_s},
+        lambda: cache.may_issue_ahead,
     )  # fmt: skip
     return {"prefill_s": prefill_s} | columns, cache
 
@@ -104,7 +107,7 @@ def run_plain(decoder: Decoder, prompts: Sequence[Sequence[int]], plan: Plan, st
     jax.block_until_ready((cache, tokens))
     prefill_s = time.perf_counter() - begin
     return {"prefill_s": prefill_s} | timed_steps(
-        lambda tokens: plain.step(decoder, cache, tokens), tokens, steps, lambda: {"step_bytes": 0}
+        lambda tokens: plain.step(decoder, cache, tokens), tokens, steps, lambda: {"step_bytes": 0}, lambda: True
     )
 
 
@@ -119,23 +122,38 @@ def timed_steps(
     tokens: Array,
     steps: int,
     state: Callable[[], dict[str, Any]],
-    ahead: Callable[[], bool] = lambda: True,
+    ahead: Callable[[], bool],
 ) -> dict[str, list[Any]]:
-    """Seconds of each greedy step, from the tokens of one to those of the next, and the memory taken then.
+    """Seconds of each greedy step, from when the tokens of the one before it are there until its own are; and the
+    memory taken when they are read.
 
     Args:
         step: from tokens (B,) to the next logits (B, V).
-        tokens: before the first step; ready.
-        state: what else is to be kept of each step, asked when it is done.
+        tokens: before the first step.
+        state: what else is to be kept of each step, asked when its tokens are read.
         ahead: as in `read_tokens`.
     """
-    taken, end = [], time.perf_counter()
-    for _ in read_tokens(lambda tokens: greedy(step(tokens)), tokens, steps, ahead):
-        begin, end = end, time.perf_counter()
-        pinned, other = memory.resident_bytes()
-        bytes_now = {"pinned_bytes": pinned, "other_host_bytes": other, "device_bytes": memory.device_bytes_in_use()}
-        taken.append({"step_s": end - begin} | state() | bytes_now)
-    return {name: [of_step[name] for of_step in taken] for name in taken[0]}
+    taken = []
+    with futures.ThreadPoolExecutor(max_workers=1) as watch:  # tokens may be there long before they are read
+        there = [watch.submit(ready_at, tokens)]
+
+        def next_tokens(tokens: Array) -> Array:
+            tokens = greedy(step(tokens))
+            there.append(watch.submit(ready_at, tokens))
+            return tokens
+
+        for _ in read_tokens(next_tokens, tokens, steps, ahead):
+            pinned, other = memory.resident_bytes()
+            in_use = memory.device_bytes_in_use()
+            taken.append(state() | {"pinned_bytes": pinned, "other_host_bytes": other, "device_bytes": in_use})
+    step_s = [end - begin for begin, end in itertools.pairwise(each.result() for each in there)]
+    return {"step_s": step_s} | {name: [of_step[name] for of_step in taken] for name in taken[0]}
+
+
+def ready_at(tokens: Array) -> float:
+    """The time when they are there, by the clock of `time.perf_counter`."""
+    jax.block_until_ready(tokens)
+    return time.perf_counter()
 
 
 def compute_s(decoder: Decoder, cache: Cache) -> float:

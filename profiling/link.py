@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kvpr_jax import memory
-from kvpr_jax.profiling.timing import issued_s, trials_s
+from kvpr_jax.profiling.timing import added_s, issued_s, trials_s
 from kvpr_jax.segments import Activations
 
 Way = Literal["to_device", "to_host", "both"]
@@ -31,9 +31,7 @@ def sizes(way: Way) -> tuple[int, ...]:
 def copy_s(way: Way, size: int) -> float:
     """Seconds that a copy of `size` bytes, or with "both" one each way, adds to others that are under way."""
     few, many = COPIES[way]
-    few_s, many_s = copies_s(way, size, few), copies_s(way, size, many)
-    added_s, average_s = (many_s - few_s) / (many - few), many_s / many
-    return added_s if added_s > average_s / 4 else average_s  # less is noise, which small copies drown in
+    return added_s(few, copies_s(way, size, few), many, copies_s(way, size, many))
 
 
 def copies_s(way: Way, size: int, copies: int) -> float:

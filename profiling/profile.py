@@ -28,16 +28,16 @@ from kvpr_jax.models import Model, abstract
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling import curves, link, nvidia
 from kvpr_jax.profiling.curves import Curve
-from kvpr_jax.profiling.timing import issued_s, trials_s
+from kvpr_jax.profiling.timing import added_s, issued_s, trials_s
 from kvpr_jax.sampling import Sampling, prompt_keys
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
 VERSION = 8  # of the file's meaning
 PROBE_TOKENS, PROBE_TOKENS_ON_CPU = 16384, 512  # over the batch: tokens in the longest segment that is measured
 PROBE_TAIL = 16  # slots in the tail of the steps measured: it costs as much as another segment
-SEVERAL = 4  # layers of a call, where one takes less than `SHORT_LAYER_S` and a segment of all less than
+SEVERAL = 4  # layers of a call, where one takes less than `SHORT_LAYER_S`, as layers in groups do on a GPU, and a
 SHORT_LAYER_S = 1e-3
-SHORT_BYTES = 2**27  # as keys and values: such layers go in groups
+SHORT_BYTES = 2**27  # segment of all of them no more than so many as keys and values
 CALLS = 8  # dispatched together, as the engine does, at least
 SHORT_S = 0.015  # of those, at least
 LONG_S = 0.1  # more is measured by single calls, so that a slow machine is done in seconds too
@@ -96,7 +96,7 @@ class Profile:
         """Seconds that one host-to-device copy adds to others under way."""
         return curves.of_copy(self.to_device, nbytes)
 
-    def layer_s(self, recompute: Recompute, activations: int, keys_values: int, group: int = 1) -> float:
+    def layer_s(self, recompute: Recompute, activations: int, keys_values: int, group: int) -> float:
         """Seconds of one of `group` layers in one call over so many tokens in each form, a segment each."""
         seconds = (self.base_s + (group - 1) * self.further_s) / group
         if activations:
@@ -124,10 +124,10 @@ def machine(config: ModelConfig, dtype: jnp.dtype, batch: int) -> dict[str, str]
 def measure(
     config: ModelConfig, dtype: jnp.dtype, batch: int, progress: Callable[[int, int], None] | None = None
 ) -> Profile:
-    """Measure copies, and one layer of the model (with random weights) over segments that are on the device.
+    """Measure copies, and layers of the model (with random weights) over segments that are on the device.
 
     Args:
-        progress: called with (measurements done, measurements in all).
+        progress: called with (things compiled or measured, such things in all).
     """
     begin = time.perf_counter()
     probe = PROBE_TOKENS_ON_CPU if memory.device_memory_is_host_memory() else PROBE_TOKENS
@@ -139,7 +139,7 @@ def measure(
     token_bytes = several * batch * config.kv_width * jnp.dtype(dtype).itemsize
     forms = [(form, tokens // times) for form, times in SEGMENTS]
     layers = {count: several if count * token_bytes <= SHORT_BYTES else 1 for _, count in forms}  # of a call
-    segments = _segments(one, batch, layers)
+    segments = _segments(one, batch, {(FORMS[form][0], count): layers[count] for form, count in forms})
     calls: dict[Any, Calls] = {"several": _layers(one, batch, layers=several)}
     calls |= {"mlp": _mlp(one, batch), "head": _head(one, batch)}
     for form, count in forms:
@@ -176,10 +176,13 @@ def measure(
     measured: dict[Any, float] = {}
     for names in ([name for name in measurements if (name in needed) == first] for first in (True, False)):
         # Side by side, so that it takes a few seconds for all of them; nothing is measured meanwhile.
-        with futures.ThreadPoolExecutor(COMPILERS) as pool:
+        pool = futures.ThreadPoolExecutor(COMPILERS)
+        try:
             compiling = {name: pool.submit(compiled, name) for name in names if name in calls}
             for _ in futures.as_completed(compiling.values()):
                 next_one()
+        finally:
+            pool.shutdown(cancel_futures=True)  # of Ctrl-C
         for name in names:
             if compiling[name].result() if name in compiling else in_time(name):
                 measured[name] = measurements[name]()
@@ -230,24 +233,22 @@ def _some(model: Model) -> Model:
     return nnx.merge(graphdef, made(jax.random.key(0)))
 
 
-def _segments(model: Model, batch: int, layers: Mapping[int, int]) -> dict[tuple[str, int], Segment]:
-    """Segments of such numbers by form and length.
+def _segments(model: Model, batch: int, layers: Mapping[tuple[str, int], int]) -> dict[tuple[str, int], Segment]:
+    """Segments of such numbers by how they are held and by length.
 
     Args:
-        layers: how many of them, by length.
+        layers: how many each of them is of.
     """
     config, dtype = model.config, model.dtype
 
-    @jax.jit
-    def made(key: Array) -> dict[tuple[str, int], Segment]:
-        segments: dict[tuple[str, int], Segment] = {}
-        for count, of in layers.items():
-            shape, slots = (of, batch, count), jnp.arange(count, dtype=jnp.int32)
-            kv = _numbers(key, (*shape, config.num_kv_heads, config.head_dim), dtype)
-            segments["keys_values", count] = KeysValues(kv, kv, slots)
-            segments["activations", count] = Activations(_numbers(key, (*shape, config.hidden_size), dtype), slots)
-        return segments
+    def segment(key: Array, held: str, count: int) -> Segment:
+        shape, slots = (layers[held, count], batch, count), jnp.arange(count, dtype=jnp.int32)
+        if held == "activations":
+            return Activations(_numbers(key, (*shape, config.hidden_size), dtype), slots)
+        kv = _numbers(key, (*shape, config.num_kv_heads, config.head_dim), dtype)
+        return KeysValues(kv, kv, slots)
 
+    made = jax.jit(lambda key: {wanted: segment(key, *wanted) for wanted in layers})
     return memory.placed(made(jax.random.key(0)))
 
 
@@ -311,8 +312,7 @@ def _run_s(calls: Calls) -> float:
     if CALLS * one_s >= LONG_S:
         return one_s
     count = max(CALLS, math.ceil(SHORT_S / one_s))
-    # What the others add to the first one is free of the cost of beginning.
-    return max(min(trials_s(lambda: calls(count))) - one_s, 0.0) / (count - 1)
+    return added_s(1, one_s, count, min(trials_s(lambda: calls(count))))
 
 
 def _dispatch_s(calls: Calls, run_s: float) -> float:

@@ -78,12 +78,13 @@ def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, resi
     cache, logits = decoder.prefill(prompts, plan)
     leave(cache, resident)
 
-    tokens = jax.block_until_ready(decode.greedy(logits))
+    tokens = decode.greedy(logits)
 
     def timed(count: int) -> dict[str, list[Any]]:
         return decode.timed_steps(
-            lambda tokens: decoder.step(cache, tokens), tokens, count, lambda: {"step_bytes": cache.bytes_per_step}
-        )
+            lambda tokens: decoder.step(cache, tokens), tokens, count,
+            lambda: {"step_bytes": cache.bytes_per_step}, lambda: False,
+        )  # fmt: skip
 
     timed(decode.WARM_UP_STEPS)
     return {"resident": list(resident)} | timed(steps)

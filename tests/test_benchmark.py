@@ -142,6 +142,18 @@ def test_few_steps_warm_up(monkeypatch):
     assert counted == [2, 2, 5, 2, 2, 5]
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+def test_steps_are_timed_by_when_their_tokens_are_there(ahead, monkeypatch):
+    """Not by when they are read, which of steps issued ahead is later."""
+    there = (1.0, 1.5, 4.0, 4.25)
+    monkeypatch.setattr(decode, "ready_at", lambda tokens: there[int(tokens[0])])
+    first, state = jnp.zeros(2, jnp.int32), iter("abc")
+    times = decode.timed_steps(
+        lambda tokens: jax.nn.one_hot(tokens + 1, 5), first, 3, lambda: {"state": next(state)}, lambda: ahead
+    )
+    assert (times["step_s"], times["state"]) == ([0.5, 2.5, 0.25], ["a", "b", "c"])
+
+
 def test_compute_alone_is_that_of_the_steps_calls(monkeypatch):
     """Of as many layers each, over segments that do not move."""
     monkeypatch.setattr(costs, "GROUP", 8)

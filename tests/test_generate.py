@@ -181,11 +181,13 @@ def test_a_token_is_handed_out_as_soon_as_it_is_known(ahead_s, engine, expected,
         return step(self, cache, tokens)
 
     monkeypatch.setattr(Decoder, "step", counting)
-    options = {"offload": "all", "engine": engine, "tail_tokens": 3}
+    options = {"offload": "all", "engine": engine, "tail_tokens": 3, "split": "0"}
     running = stream(model, tokenizer, "x", max_new_tokens=7, ignore_eos=True, **options)
     assert [len(dispatched) for _ in running] == expected
     by_hand, _, _, _ = greedy(Decoder(model), encode(tokenizer, ["x"]), 7, Request())
     assert running.outputs[0].token_ids == by_hand[0].tolist()
+    prompt, token_bytes = running.plan.cached_tokens, 4 * model.config.num_layers * model.config.kv_width
+    assert running.statistics.link_bytes == token_bytes * (3 * prompt + 3 * (prompt + 3))  # a flush between
 
 
 def test_statistics_count_what_happened(model, tokenizer):
@@ -312,7 +314,8 @@ def test_spaces_that_depend_on_neighbours_are_kept():
 
 
 @pytest.mark.parametrize("sampling, choice", [
-    (Sampling(), "greedy"), (Sampling(0.0, top_k=3, top_p=0.5), "greedy"), (Sampling(0.7), "unlimited"),
+    (Sampling(), "greedy"), (Sampling(0.0, top_k=3, top_p=0.5), "greedy"), (Sampling(1e-39), "greedy"),
+    (Sampling(0.7), "unlimited"),
     (Sampling(0.7, top_k=1), "limited"), (Sampling(0.7, top_p=0.99), "limited"), (Sampling(0.7, min_p=0.01), "limited"),
 ])  # fmt: skip
 def test_what_sampling_computes_is_told_from_its_values(sampling, choice):

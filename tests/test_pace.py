@@ -48,13 +48,14 @@ def test_fast_steps_may_be_those_of_a_slow_reader():
     times=st.floats(1.25, 40.0),
     recompute=st.sampled_from(["project", "absorb"]),
     engine=st.sampled_from(["overlapped", "sequential"]),
+    group=st.sampled_from([1, 3]),
 )
 def test_slowed_costs_predict_what_was_measured(
-    activations, keys_values, resident, bandwidth, dispatch_s, times, recompute, engine
+    activations, keys_values, resident, bandwidth, dispatch_s, times, recompute, engine, group
 ):
     machine = profile(to_device=[(1, 1 / bandwidth), (2**24, 2**24 / bandwidth)], dispatch_s=dispatch_s)
-    machine = dataclasses.replace(machine, layer_dispatch_s=dispatch_s / 3)
-    costs, held = Costs(OPT, 4, 500, machine), (Held(activations, keys_values, resident), recompute, engine)
+    machine = dataclasses.replace(machine, layer_dispatch_s=dispatch_s / 3, further_s=machine.base_s / 2)
+    costs, held = Costs(OPT, 4, 500, machine, group), (Held(activations, keys_values, resident), recompute, engine)
     measured_s = times * costs.step_s(*held)
     slowed, blamed = costs.slowed(*held, step_s=measured_s)
     assert slowed.step_s(*held) == pytest.approx(measured_s, rel=1e-6)

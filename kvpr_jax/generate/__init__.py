@@ -157,7 +157,7 @@ def token_steps(
     """Prefill, then yield the (B,) next tokens of each step together with the cache.
 
     While the caller reads, the first layers' copies for the next step are under way already, and where steps are short
-    (`Cache.ahead`), all of that step.
+    (`Cache.may_issue_ahead`), all of that step.
     """
     sampling.check()
     keys, choice = prompt_keys(seed, prompts), sampling.choice
@@ -174,7 +174,7 @@ def token_steps(
     yield np.asarray(tokens), cache
     begin = time.perf_counter()
     following = read_tokens(
-        lambda tokens: choose(decoder.step(cache, tokens)), tokens, max_new_tokens - 1, lambda: cache.ahead
+        lambda tokens: choose(decoder.step(cache, tokens)), tokens, max_new_tokens - 1, lambda: cache.may_issue_ahead
     )
     for known in following:
         cache.observe(time.perf_counter() - begin)
@@ -268,7 +268,7 @@ class Stream:
             if first is None:
                 first, statistics.prefill_s = now, now - begin
             statistics.decode_s, statistics.decode_steps = now - first, step
-            statistics.link_bytes += cache.bytes_per_step if step else 0  # a flush comes between reading and stepping
+            statistics.link_bytes += cache.bytes_per_step if step else 0  # this step's: no flush is issued ahead
             statistics.miss = cache.miss
             statistics.compile_s = compiling.compile_s() - compiled_s
             statistics.recompiled, statistics.longest_wait_s = cache.recompiled, cache.longest_wait_s
