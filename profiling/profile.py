@@ -41,7 +41,7 @@ SHORT_BYTES = 2**27  # segment of all of them no more than so many as keys and v
 CALLS = 8  # dispatched together, as the engine does, at least
 SHORT_S = 0.015  # of those, at least
 LONG_S = 0.1  # more is measured by single calls, so that a slow machine is done in seconds too
-ENOUGH_S = 13.0  # then no shorter segments, and in the ways that no plan asks for one size only
+ENOUGH_S = 12.0  # then no shorter segments, and in the ways that no plan asks for one size only
 COMPILERS = 4  # threads: more of them gain little, since Python and what tries products on a GPU go one at a time
 FORMS: dict[str, tuple[str, Recompute]] = {  # by their curves: how a segment is held, and what is done with it
     "keys_values": ("keys_values", "project"),
