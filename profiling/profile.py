@@ -192,7 +192,7 @@ def measure(
 
     def further(several_s: float, one_s: float) -> float:
         """What each further layer takes, no more than one alone."""
-        return min(max(0.0, several_s - one_s) / (several - 1), one_s) if several > 1 else one_s
+        return min(added_s(1, one_s, several, several_s), one_s) if several > 1 else one_s
 
     def by_length(form: str) -> Curve:
         found = sorted(count for of, count in forms if of == form and (of, count) in measured)
