@@ -196,8 +196,7 @@ def measure(
 
     def by_length(form: str) -> Curve:
         found = sorted(count for of, count in forms if of == form and (of, count) in measured)
-        added_s = {count: measured[form, count] - empty_s[layers[count]] for count in found}
-        return [(count, max(0.0, added_s[count]) / layers[count]) for count in found]
+        return [(count, max(0.0, measured[form, count] - empty_s[layers[count]]) / layers[count]) for count in found]
 
     def by_size(way: link.Way) -> Curve:
         return [(size, measured[way, size]) for size in link.sizes(way) if (way, size) in measured]
