@@ -88,9 +88,20 @@ def stacked(layers: Sequence[Segment]) -> Segment:
     return dataclasses.replace(layers[0], **{name: jnp.stack([of.arrays[name] for of in layers]) for name in names})
 
 
-def of_layer(segment: Segment, layer: int) -> Segment:
+def of_layer(segment: Segment, layer: int | Int[Array, ""]) -> Segment:
     """One layer's part of a group's segment."""
     return dataclasses.replace(segment, **{name: array[layer] for name, array in segment.arrays.items()})
+
+
+def written(segment: Segment, layer: int | Int[Array, ""], token: Segment) -> Segment:
+    """A group's segment, at consecutive slots, with one layer's token of the same form at the token's slot."""
+    at = token.slots[0] - segment.slots[0]
+
+    def put(into: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice(into, new[None], (layer, 0, at, *[0] * (into.ndim - 3)))
+
+    arrays = {name: put(array, token.arrays[name]) for name, array in segment.arrays.items()}
+    return dataclasses.replace(segment, **arrays)
 
 
 @jax.tree_util.register_dataclass

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int, Key
 from kvpr_jax import memory
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.sampling import Choice, Sampling, sample_tokens
-from kvpr_jax.segments import TOKENS, Activations, Place, Segment, of_layer, stacked
+from kvpr_jax.segments import TOKENS, Place, Segment, of_layer, stacked
 
 Params = dict[str, Any]
 
@@ -98,7 +98,7 @@ def prefill_layer(
     """
     layer = definition.module(params)
     with _precision(h):
-        h, (activations, own) = layer(h, (), place, split=split, recompute="project", chunk=chunk)
+        h, (activations, own) = layer(h, place, split=split, chunk=chunk)
     host: list[Segment] = [stacked([activations])] if activations is not None else []
     stay: list[Segment] = []
     if own is not None:
@@ -133,40 +133,27 @@ def decode_layers(
     Returns:
         Hidden states, and the tail with the token written into it.
     """
-    tokens, split = [], 1 if isinstance(tail, Activations) else 0
     for layer, of_this in enumerate(params):
-        held = tuple(of_layer(segment, layer) for segment in (*segments, tail))
-        h, token = _decode_layer(definition, of_this, h, held, place, split=split, recompute=recompute)
-        tokens.append(token)
-    return h, _write(tail, stacked(tokens))
+        held = tuple(of_layer(segment, layer) for segment in segments)
+        h, tail = _decode_layer(definition, of_this, h, held, tail, layer, place, recompute=recompute)
+    return h, tail
 
 
-@functools.partial(jax.jit, static_argnames=("definition", "split", "recompute"))
+@functools.partial(jax.jit, static_argnames=("definition", "recompute"))
 def _decode_layer(
     definition: Definition,
     params: Params,
     h: Float[Array, "B 1 D"],
     segments: tuple[Segment, ...],
+    tail: Segment,
+    layer: Int[Array, ""],
     place: Place,
     *,
-    split: int,
     recompute: Recompute,
 ) -> tuple[Float[Array, "B 1 D"], Segment]:
-    """One of `decode_layers`, and its token: a function of its own within that, which a group of layers traces once."""
-    layer = definition.module(params)
+    """One of `decode_layers`: a function of its own within that, which a group of layers traces once."""
     with _precision(h):
-        h, (activations, own) = layer(h, segments, place, split=split, recompute=recompute, chunk=1)
-    return h, activations if own is None else own
-
-
-def _write(tail: Segment, token: Segment) -> Segment:
-    """The tail with one token at its slot."""
-    at = token.slots[0] - tail.slots[0]
-
-    def put(into: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(into, new, at, axis=0 if new.ndim == 1 else TOKENS)
-
-    return jax.tree.map(put, tail, token)
+        return definition.module(params).step(h, segments, tail, layer, place, recompute)
 
 
 @functools.partial(jax.jit, static_argnames=("definition",))

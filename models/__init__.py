@@ -64,7 +64,7 @@ class Model(nnx.Module):
         place = Place(jnp.arange(tokens.shape[1]), start)
         h = self.embedder.encode(tokens, place)
         for layer in self.layers:
-            h, _ = layer(h, (), place, split=0, recompute="project", chunk=CHUNK)
+            h, _ = layer(h, place, split=0, chunk=CHUNK)
         return self.embedder.decode(h)
 
 

@@ -195,41 +195,34 @@ class Attention(nnx.Module):
         return kernel, bias
 
     def remember(self, x: Float[Array, "B T D"], place: Place) -> KeysValues:
-        """Keys and values of activations: what a token is when it is new, and again whenever it is projected."""
+        """Keys and values of activations: of a new token, or of one that is projected."""
         return KeysValues(self.keys(x, place.positions(place.slots)), self.values(x), place.slots)
 
     @jax.named_scope("attention")
     def __call__(
-        self,
-        x: Float[Array, "B Q D"],
-        own: KeysValues,
-        segments: tuple[Segment, ...],
-        place: Place,
-        recompute: Recompute,
+        self, x: Float[Array, "B Q D"], segments: tuple[Segment, ...], place: Place, recompute: Recompute
     ) -> Float[Array, "B Q D"]:
-        """Attention of the tokens `x` at `place` over `segments` and over the call's tokens `own`.
+        """Attention of the tokens `x` at `place` over `segments`, which hold these tokens too.
 
-        `own` may hold more tokens than `x` (a chunk of the prompt's queries over the whole prompt); only what
-        `visible` allows counts. `segments` hold slots before those of `own`; slots not written yet are masked out.
+        Only what `visible` allows counts: slots behind a token's own may stand for anything.
         """
+        q = jnp.moveaxis(self.queries(x, place.positions(place.slots)), 1, 3)
+        out = attend([self._part(q, segment, place, recompute) for segment in segments]).astype(x.dtype)
+        return self._output(jnp.moveaxis(out, 3, 1))
+
+    @jax.named_scope("attention")
+    def over_prompt(self, x: Float[Array, "B Q D"], prompt: KeysValues, place: Place) -> Float[Array, "B Q D"]:
+        """Attention of the tokens `x` at `place`, all of a prompt's or a chunk of them, over the whole prompt."""
         q = self.queries(x, place.positions(place.slots))
-        if segments:
-            before = own.slots[:1] - 1
-            q = jnp.moveaxis(q, 1, 3)
-            parts = [self._part(q, segment, place, recompute, before) for segment in segments]
-            out = attend([*parts, self._part(q, own, place, recompute, None)]).astype(x.dtype)
-            out = jnp.moveaxis(out, 3, 1)
-        else:
-            out = causal_attention(q, own, place, self.window, self.slopes)
-        return self.o(out.reshape(*x.shape[:2], -1))
+        return self._output(causal_attention(q, prompt, place, self.window, self.slopes))
+
+    def _output(self, out: Float[Array, "B Q K G d"]) -> Float[Array, "B Q D"]:
+        return self.o(out.reshape(*out.shape[:2], -1))
 
     def _part(
-        self, q: Share, segment: Segment, place: Place, recompute: Recompute, before: Int[Array, " 1"] | None
+        self, q: Share, segment: Segment, place: Place, recompute: Recompute
     ) -> tuple[Scores, Callable[[Scores], Share]]:
-        """Masked scores of `q` over a segment, and the function from weights to its share of the output.
-
-        A segment of the cache is masked above the slot `before` as well: the rest of a tail is not written yet.
-        """
+        """Masked scores of `q` over a segment, and the function from weights to its share of the output."""
         if isinstance(segment, KeysValues):
             scores, share = self._keys_scores(q, segment.keys), self._values_share(segment.values)
         elif recompute == "project":
@@ -244,8 +237,6 @@ class Attention(nnx.Module):
             biases = linear_biases(self.slopes, place.slots, segment.slots)
             scores = scores + biases.reshape(1, self.kv_heads, self.groups, *biases.shape[1:])
         seen = visible(place.slots, segment.slots, place.start, self.window)
-        if before is not None:
-            seen = seen & (segment.slots <= before)[None, None, :]
         return jnp.where(seen[:, None, None], scores, MASKED), share
 
     @staticmethod

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.models.attention import Attention, Recompute, kept
 from kvpr_jax.models.layers import embedding, in_chunks, linear
-from kvpr_jax.segments import Activations, KeysValues, Place, Segment
+from kvpr_jax.segments import Activations, KeysValues, Place, Segment, of_layer, written
 
 
 class DecoderLayer(nnx.Module):
@@ -34,38 +34,58 @@ class DecoderLayer(nnx.Module):
         return h + self.mlp(self.mlp_norm(h))
 
     def __call__(
-        self,
-        h: Float[Array, "B Q D"],
-        segments: tuple[Segment, ...],
-        place: Place,
-        *,
-        split: int,
-        recompute: Recompute,
-        chunk: int,
-    ) -> tuple[Float[Array, "B Q D"], tuple[Activations | None, KeysValues | None]]:
-        """One layer over new tokens, attending to the cache and, causally, to one another.
+        self, h: Float[Array, "B S D"], place: Place, *, split: int, chunk: int
+    ) -> tuple[Float[Array, "B S D"], tuple[Activations | None, KeysValues | None]]:
+        """One layer over whole prompts.
 
         Args:
-            h: hidden states of the call's tokens.
-            segments: this layer's cache of earlier slots, on the device. Those held as activations are turned back
-                into attention here.
-            place: slots of the call's tokens, and where each sequence starts.
-            split: static split index of the call's own tokens: the first `split` are to be kept as activations, the
-                others as keys and values. A prompt of S tokens gets the plan's l; a decode step's one token gets 1
-                or 0.
-            recompute: static; how segments of activations are used ("project" or "absorb").
+            h: hidden states of the prompts.
+            place: their slots, and where each sequence starts.
+            split: static split index l: the first `split` tokens are to be kept as activations, the others as keys and
+                values.
             chunk: static; queries that pass through attention and MLP at a time, a bound on temporaries.
 
         Returns:
-            Hidden states for the next layer, and what the cache keeps of the call's tokens in either form.
+            Hidden states for the next layer, and what the cache keeps of the prompts in either form.
         """
         x = self.read(h)
         own = self.attention.remember(x, place)
 
         def block(h: Array, x: Array, slots: Array) -> Array:
-            return self.write(h, x, self.attention(x, own, segments, Place(slots[0], place.start), recompute))
+            return self.write(h, x, self.attention.over_prompt(x, own, Place(slots[0], place.start)))
 
         return in_chunks(block, chunk, h, x, place.slots[None]), kept(x, own, split)
+
+    def step(
+        self,
+        h: Float[Array, "B 1 D"],
+        segments: tuple[Segment, ...],
+        tail: Segment,
+        layer: int | Int[Array, ""],
+        place: Place,
+        recompute: Recompute,
+    ) -> tuple[Float[Array, "B 1 D"], Segment]:
+        """One layer over one new token a sequence, which is written into the tail and attends to the cache.
+
+        Args:
+            h: hidden states of the tokens.
+            segments: this layer's cache of earlier slots, on the device. Those held as activations are turned back
+                into attention here.
+            tail: where the cache of a group of layers goes on; its form is that in which the tokens are kept.
+            layer: which one of that group this is.
+            place: the tokens' slot, and where each sequence starts.
+            recompute: static; how segments of activations are used ("project" or "absorb").
+
+        Returns:
+            Hidden states for the next layer, and the tail with the tokens in it.
+        """
+        x = self.read(h)
+        as_activations = isinstance(tail, Activations)
+        tail = written(
+            tail, layer, Activations(x, place.slots) if as_activations else self.attention.remember(x, place)
+        )
+        held = (*segments, of_layer(tail, layer))
+        return self.write(h, x, self.attention(x, held, place, recompute)), tail
 
 
 class Embedder(nnx.Module):
