@@ -26,7 +26,6 @@ from kvpr_jax.profiling.profile import Profile
 
 BUCKETS = 16  # split points tried, about
 GROUP = 8  # layers at most: one call of so many is issued in less time than the device needs for it
-GROUP_BYTES = 128 * 2**20  # of their cache, if there is more than one
 TIMES_OF = {  # sides of a step: the profile's times that make them up, and its curves
     "copies to the device": ("to_device",),
     "compute": ("base_s", "further_s", "keys_values", "project", "absorb"),
@@ -142,15 +141,16 @@ def _longer(of: Any, times: float) -> Any:
     return times * of if isinstance(of, float) else [(size, times * seconds) for size, seconds in of]
 
 
-def group_of(layers: int, layer_bytes: int) -> int:
+def group_of(layers: int, layer_bytes: int, most_bytes: int) -> int:
     """N: layers of a group, so many that all groups are alike and share one compiled function.
 
-    Small layers would be copied and computed in less time than the host needs to issue them one by one.
+    The device waits between two calls, and the host needs longer to issue layers one by one.
 
     Args:
         layer_bytes: of a layer's cache, at most.
+        most_bytes: of a group's, if it has more than one layer.
     """
-    most = max(1, min(GROUP, GROUP_BYTES // max(1, layer_bytes)))
+    most = max(1, min(GROUP, most_bytes // max(1, layer_bytes)))
     return max(size for size in range(1, most + 1) if layers % size == 0)
 
 

@@ -15,7 +15,7 @@ from kvpr_jax.config import ModelConfig
 from kvpr_jax.models import Model
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.plan import Plan, Request, Workload
-from kvpr_jax.profiling import profile
+from kvpr_jax.profiling import measure
 from kvpr_jax.profiling.profile import Profile
 from kvpr_jax.segments import LAYERS, SEQUENCES, TOKENS, Place, Segment
 
@@ -218,7 +218,7 @@ def plan_for(
         elsewhere_bytes: memory of a device that is not here, to plan for; its host has as much as the request allows.
         compiled: see `scheduler.make_plan`.
     """
-    measured = measured or profile.load_or_measure(config, dtype, workload.batch)
+    measured = measured or measure.load_or_measure(config, dtype, workload.batch)
     on_host = weights_bytes if memory.device_memory_is_host_memory() else 0
     free = memory.free_device_bytes() - weights_bytes, memory.free_pinned_bytes() - on_host
     if elsewhere_bytes is not None:

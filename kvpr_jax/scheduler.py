@@ -25,6 +25,9 @@ PREFILL_TOKENS = 32768  # tokens of a chunk of sequences, at most
 PREFILL_QUERIES = 2048  # tokens of one sequence that pass through attention and MLP at a time, at most
 PREFILL_QUERIES_LEAST = 64  # fewer would not fill the device
 MARGIN = 0.05  # of free memory, left alone
+GROUP_BYTES = 2**29  # cache of a group of which some crosses the link, at most: its window holds three
+GROUP_SHARE = 32  # and one part in so many of the device's free memory
+GROUP_SHARE_RESIDENT = 8  # the same of a group that stays on the device, which is there twice while prefill makes it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,18 +101,20 @@ def make_plan(
             change them.
     """
     costs = Costs(config, jnp.dtype(dtype).itemsize, workload.batch, profile)
-    group = group_of(config.num_layers, costs.host_bytes(0, workload.total_tokens))
-    costs = dataclasses.replace(costs, group=group)
     recompute = _recompute(costs, workload, request)
     has_fused = fusible(dtype, config.head_dim) if elsewhere else fused(dtype, config.head_dim)
     one_memory = memory.device_memory_is_host_memory() and not elsewhere
     sequences, queries = _prefill_chunk(config, dtype, workload, request, free_device_bytes, has_fused)
     prefill_bytes = _prefill_bytes(config, dtype, workload, sequences, queries, has_fused)
-    step_bytes = _step_bytes(costs, workload)
     widest = workload.prompt_tokens * max(costs.host_bytes(0, 1), costs.host_bytes(1, 0))
-    leaving = WINDOW * group + (group if group > 1 else 0)  # layers in prefill, and those that become a group
-    usable = int(free_device_bytes * (1 - MARGIN)) - max(prefill_bytes + leaving * widest, step_bytes)
-    offloaded, resident, resident_flushes, tail = _residency(costs, workload, request, usable)
+    costs = _in_groups(costs, workload, request, free_device_bytes, prefill_bytes)
+    group, step_bytes = costs.group, _step_bytes(costs, workload)
+    leaving = WINDOW * group  # layers that wait in prefill for the link
+    joined = group if group > 1 else 0  # and those that are there twice, when they become a group
+    beside_bytes = max(prefill_bytes + (leaving + joined) * widest, step_bytes)
+    all_stays = _all_stays(costs, workload, request, free_device_bytes, prefill_bytes)
+    usable = _usable(free_device_bytes) - beside_bytes
+    offloaded, resident, resident_flushes, tail = _residency(costs, workload, request, all_stays, usable)
     written = workload.total_tokens - workload.prompt_tokens
     flushes = max(0, written - 1) // tail if offloaded else 0  # a full tail leaves when the next token comes
     prompt = workload.prompt_tokens - resident
@@ -121,9 +126,10 @@ def make_plan(
 
     def device_bytes(leaving_bytes: int, layer_bytes: int) -> int:
         """Beside the weights, while so many bytes a layer leave in prefill or while a last step reads so many."""
-        filling = resident * token_bytes + prefill_bytes + leaving * leaving_bytes
+        staying_bytes = costs.host_bytes(0, resident)
+        filling = config.num_layers * staying_bytes + leaving * leaving_bytes + joined * (leaving_bytes + staying_bytes)
         stepping = tails_bytes + window_bytes(group * layer_bytes) + step_bytes
-        return max(filling, resident_bytes + max(stepping, _merging_bytes(costs, tail, flushes)))
+        return max(filling + prefill_bytes, resident_bytes + max(stepping, _merging_bytes(costs, tail, flushes)))
 
     limit = free_host_bytes
     if one_memory:
@@ -196,22 +202,54 @@ def make_plan(
     return dataclasses.replace(chosen, reason=reason, unfit_splits=unfit)
 
 
-def _residency(costs: Costs, workload: Workload, request: Request, usable: int) -> tuple[bool, int, int, int]:
+def _in_groups(costs: Costs, workload: Workload, request: Request, free_device_bytes: int, prefill_bytes: int) -> Costs:
+    """The cost model with as many layers a group as there is room for: more where nothing crosses the link."""
+    layers, layer_bytes = costs.config.num_layers, costs.host_bytes(0, workload.total_tokens)
+
+    def grouped(most_bytes: int) -> Costs:
+        return dataclasses.replace(costs, group=group_of(layers, layer_bytes, most_bytes))
+
+    resident = grouped(free_device_bytes // GROUP_SHARE_RESIDENT)
+    if _all_stays(resident, workload, request, free_device_bytes, prefill_bytes):
+        return resident
+    return grouped(min(GROUP_BYTES, free_device_bytes // GROUP_SHARE))
+
+
+def _all_stays(costs: Costs, workload: Workload, request: Request, free_device_bytes: int, prefill_bytes: int) -> bool:
+    """Whether all of the cache may stay on the device, and there is room for it."""
+    if request.offload == "all" or request.split != "auto":
+        return False
+    joined = costs.group_bytes(0, workload.prompt_tokens) if costs.group > 1 else 0
+    room = _usable(free_device_bytes) - max(prefill_bytes + joined, _step_bytes(costs, workload))
+    if request.device_cache_gib is not None:
+        room = min(room, int(request.device_cache_gib * memory.GIB))
+    return costs.cache_bytes(0, workload.total_tokens) <= room
+
+
+def _usable(free_device_bytes: int) -> int:
+    return int(free_device_bytes * (1 - MARGIN))
+
+
+def _residency(
+    costs: Costs, workload: Workload, request: Request, all_stays: bool, usable: int
+) -> tuple[bool, int, int, int]:
     """Whether anything goes to the host, the prompt's tokens and the full tails that stay on the device, and the tokens
     of a tail.
 
     The device's budget is filled first, evenly in all layers, by the prompt's last tokens and then by new ones.
+
+    Args:
+        all_stays: see `_all_stays`.
+        usable: bytes that the cache may take on the device beside what prefill and a step need.
     """
     everything = max(1, workload.new_tokens - 1)  # a tail that is never flushed
-    if request.offload == "none":
+    if all_stays or request.offload == "none":
         return False, workload.prompt_tokens, 0, everything
     tail = min(request.tail_tokens or _tail_tokens(costs), everything)
     if request.offload == "all" or request.split != "auto":
         return True, 0, 0, tail
     budget = usable if request.device_cache_gib is None else int(request.device_cache_gib * memory.GIB)
     token_bytes, total = costs.cache_bytes(0, 1), workload.total_tokens
-    if min(budget, usable) >= total * token_bytes:
-        return False, workload.prompt_tokens, 0, everything
     resident = 0
     for _ in range(2):  # what stays makes the window's layers smaller, so that a little more can stay
         stepping = window_bytes(costs.group_bytes(0, total - resident)) + 2 * tail * token_bytes

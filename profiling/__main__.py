@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from kvpr_jax import checkpoint, command_line, memory
 from kvpr_jax.command_line import FAILURE, Parser, Reporter, failing_with
-from kvpr_jax.profiling import link, nvidia, profile, settings
+from kvpr_jax.profiling import link, measure, nvidia, profile, settings
 from kvpr_jax.profiling.profile import Profile
 from kvpr_jax.profiling.report import table
 
@@ -113,7 +113,7 @@ def execute(arguments: argparse.Namespace) -> int:
         if not arguments.show:
             begin = time.perf_counter()
             with report.bar("Measuring") as progress:
-                measured = profile.measure(config, dtype, arguments.batch, progress)
+                measured = measure.measure(config, dtype, arguments.batch, progress)
             report.note(f"measured in {time.perf_counter() - begin:.1f} s")
         elif measured is None:
             command = shlex.join(["python", "-m", "kvpr_jax.profiling", *setting])

@@ -80,7 +80,7 @@ class Device:
                 raise ValueError(f"{field.name} {value} must be 0 or more and finite")
 
     def profile(self, config: ModelConfig, dtype: jnp.dtype, batch: int) -> Profile:
-        """What `profile.measure` would find on the device, by the formulas above.
+        """What `measure.measure` would find on the device, by the formulas above.
 
         Raises:
             ValueError: a dtype whose products are not 16-bit.

@@ -17,7 +17,7 @@ from kvpr_jax import checkpoint, engines
 from kvpr_jax.command_line import Parser
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.models import Model, released
-from kvpr_jax.profiling import plot, profile, report
+from kvpr_jax.profiling import measure, plot, report
 from kvpr_jax.runtime import Decoder
 
 
@@ -99,7 +99,7 @@ class Setting:
                 "prompt": self.prompt,
                 "engine": engine,
             },
-            "profile": dataclasses.asdict(profile.load_or_measure(config, decoder.dtype, self.batch)),
+            "profile": dataclasses.asdict(measure.load_or_measure(config, decoder.dtype, self.batch)),
         }
 
 

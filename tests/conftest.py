@@ -20,7 +20,7 @@ import pytest
 from helpers import profile
 from kvpr_jax import compiling, costs, evaluate
 from kvpr_jax.generate import __main__ as generate_cli
-from kvpr_jax.profiling import profile as profiles
+from kvpr_jax.profiling import measure as measuring
 
 # An implicit change of rank or dtype in our code is a mistake, in the thread that compiles too.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -37,7 +37,7 @@ MOST_MAPS = 20_000  # Linux allows 65,530, behind which compiling ends in a segm
 def _given_profile(monkeypatch, tmp_path):
     """No test measures the machine unless it is about measuring; none reads or writes the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(profiles, "load_or_measure", lambda config, dtype, batch, progress=None: profile())
+    monkeypatch.setattr(measuring, "load_or_measure", lambda config, dtype, batch, progress=None: profile())
     for module in (generate_cli, evaluate):
         monkeypatch.setattr(module, "keep_compiled", lambda arguments: None)
 

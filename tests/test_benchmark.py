@@ -17,7 +17,7 @@ import helpers
 from kvpr_jax import checkpoint, costs, engines, memory, scheduler, steps
 from kvpr_jax.plan import Request
 from kvpr_jax.profiling import decode, link, matmul, plain, residency, settings
-from kvpr_jax.profiling import profile as profiles
+from kvpr_jax.profiling import measure as measuring
 from kvpr_jax.profiling import report as reports
 from kvpr_jax.runtime import Decoder
 
@@ -169,7 +169,7 @@ def test_compute_alone_is_that_of_the_steps_calls(monkeypatch):
 def test_a_device_that_holds_a_part_of_the_cache_is_a_setting_of_its_own(monkeypatch, tmp_path):
     """Of 64 tokens, the tail's three and 34 of the prompt's."""
     slow = helpers.profile(to_device=[(2**10, 1e-3), (2**20, 1.0)])
-    monkeypatch.setattr(profiles, "load_or_measure", lambda *_: slow)
+    monkeypatch.setattr(measuring, "load_or_measure", lambda *_: slow)
     config, _ = checkpoint.read_config(checkpoint.BUNDLED)
     gib = 37.5 * 2 * 2 * config.kv_width * 4 / memory.GIB
     setting = [*SETTING, "--prompt", "64", "--split", "0%", "--device-cache-gib", str(gib)]

@@ -21,6 +21,7 @@ import kvpr_jax
 from helpers import OPT, profile, random_model
 from kvpr_jax import Decoder, checkpoint, command_line, memory, pace, stream
 from kvpr_jax.profiling import device
+from kvpr_jax.profiling import measure as measuring
 from kvpr_jax.profiling import profile as profiles
 
 cli = importlib.import_module("kvpr_jax.generate.__main__")
@@ -206,7 +207,7 @@ def test_steps_that_stay_slower_than_predicted_are_told_once(run, monkeypatch):
         layer_dispatch_s=0.0,
         issue_s=0.0,
     )
-    monkeypatch.setattr(profiles, "load_or_measure", lambda *_: fast)
+    monkeypatch.setattr(measuring, "load_or_measure", lambda *_: fast)
     monkeypatch.setattr(pace, "STEPS", 3)
     monkeypatch.setattr(pace, "SLOW_S", 0.0)
     result = run("--prompt", PROMPT, "--offload", "all")

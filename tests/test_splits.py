@@ -10,7 +10,7 @@ import pytest
 from helpers import profile, random_model
 from kvpr_jax import checkpoint
 from kvpr_jax.profiling import decode, link, plot, settings, splits
-from kvpr_jax.profiling import profile as profiles
+from kvpr_jax.profiling import measure as measuring
 from kvpr_jax.profiling import report as reports
 from kvpr_jax.runtime import Decoder
 
@@ -28,7 +28,7 @@ SLOW = profile(
 
 @pytest.fixture(autouse=True)
 def _slow_link(monkeypatch):
-    monkeypatch.setattr(profiles, "load_or_measure", lambda config, dtype, batch: SLOW)
+    monkeypatch.setattr(measuring, "load_or_measure", lambda config, dtype, batch: SLOW)
     monkeypatch.setattr(link, "gb_per_s", lambda: 2.0)
 
 
@@ -69,7 +69,7 @@ def test_the_report_of_a_setting_holds_every_trial_and_can_be_read_again(tmp_pat
 
 def test_what_is_predicted_is_the_step_that_was_measured(monkeypatch):
     """Over a tail of three slots too, which stay and are keys and values. The paper's schedule knows of no tail."""
-    monkeypatch.setattr(profiles, "load_or_measure", lambda *_: dataclasses.replace(SLOW, project=[(1, 1e-2)]))
+    monkeypatch.setattr(measuring, "load_or_measure", lambda *_: dataclasses.replace(SLOW, project=[(1, 1e-2)]))
     decoder, prompts = Decoder(random_model(CONFIG)), [[3] * 64, [4] * 64]
     streamed, held = splits.sweep(decoder, prompts, 3, 2, ["project"])
     assert streamed["predicted_step_s"] == pytest.approx([2 * 64 * 3e-4] * 3)
@@ -90,7 +90,7 @@ def test_picks_that_are_no_points_are_measured_as_well(monkeypatch):
 
 
 def test_a_pick_of_zero_is_marked_once_for_each_way(monkeypatch):
-    monkeypatch.setattr(profiles, "load_or_measure", lambda *_: profile(project=[(1, 1.0)], absorb=[(1, 1.0)]))
+    monkeypatch.setattr(measuring, "load_or_measure", lambda *_: profile(project=[(1, 1.0)], absorb=[(1, 1.0)]))
     assert places(sweep(monkeypatch, 2))[0] == (0, "project", ["project", "absorb"])
 
 

@@ -25,7 +25,7 @@ from kvpr_jax.command_line import (
 )
 from kvpr_jax.generate import Output, Stream, Until, encode
 from kvpr_jax.plan import Plan
-from kvpr_jax.profiling import device, profile
+from kvpr_jax.profiling import device, measure
 from kvpr_jax.profiling.report import table
 from kvpr_jax.runtime import Decoder, plan_for, workload_of
 from kvpr_jax.sampling import Sampling
@@ -198,7 +198,7 @@ def execute(arguments: argparse.Namespace) -> int:
         ids = encode(tokenizer, prompts, arguments.chat)
         workload = workload_of(ids, until.max_new_tokens, config)
         if arguments.profile is None:
-            measured, elsewhere_bytes = profile.load_or_measure(config, dtype, workload.batch, progress), None
+            measured, elsewhere_bytes = measure.load_or_measure(config, dtype, workload.batch, progress), None
         else:
             measured, elsewhere_bytes = device.given(arguments.profile, config, dtype, workload.batch)
         if not arguments.plan:

@@ -1,0 +1,272 @@
+"""Measures this machine's profile for a model and a batch, unless it is stored already."""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping
+from concurrent import futures
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from kvpr_jax import memory, steps
+from kvpr_jax.config import ModelConfig
+from kvpr_jax.models import Model, abstract
+from kvpr_jax.models.attention import Recompute
+from kvpr_jax.profiling import link
+from kvpr_jax.profiling.curves import Curve
+from kvpr_jax.profiling.profile import FORMS, Profile, machine, path_of, read, write
+from kvpr_jax.profiling.timing import added_s, issued_s, trials_s
+from kvpr_jax.sampling import Sampling, prompt_keys
+from kvpr_jax.segments import Activations, KeysValues, Place, Segment
+
+PROBE_TOKENS, PROBE_TOKENS_ON_CPU = 16384, 512  # over the batch: tokens in the longest segment that is measured
+PROBE_TAIL = 16  # slots in the tail of the steps measured: it costs as much as another segment
+PROBE_SLOT = 2**20  # the first of these, behind any segment
+SEVERAL = 4  # layers of a call on a GPU, as they go in groups, where a segment of all of them has no more than
+SHORT_BYTES = 2**27  # so many bytes as keys and values
+CALLS = 8  # dispatched together, as the engine does, at least
+SHORT_S = 0.01  # of those, at least
+LONG_S = 0.1  # more is measured by single calls, so that a slow machine is done in seconds too
+ENOUGH_S = 12.0  # then no further segments, and in the ways that no plan asks for one size only
+COMPILERS = 4  # threads: more of them gain little, since Python and what tries products on a GPU go one at a time
+# Segments measured, by how many times as few tokens they have as the longest ones. Those and, on a GPU, the shortest,
+# which tell what any segment takes, are needed; the others come in this order. Projecting is no line: each length gets
+# the matrix product that suits it.
+ENDS = (1, 32)
+SEGMENTS = (*itertools.product(FORMS, ENDS), ("project", 4), ("project", 8), ("project", 2), ("absorb", 4))
+
+Calls = Callable[[int], Any]  # issues the same so many times, and returns what to wait for
+
+
+def load_or_measure(
+    config: ModelConfig, dtype: jnp.dtype, batch: int, progress: Callable[[int, int], None] | None = None
+) -> Profile:
+    """The stored profile of this machine for this model and batch, measured now if there is none that matches.
+
+    Args:
+        progress: as in `measure`; not called where nothing has to be measured.
+    """
+    key = machine(config, dtype, batch)
+    path = path_of(key)
+    profile = read(path, key)
+    if profile is None:
+        profile = measure(config, dtype, batch, progress)
+        gc.collect()  # a module refers to itself: the one measured would still be there when a plan asks what is free
+        with contextlib.suppress(OSError):  # a home that cannot be written costs a measurement each time, no more
+            write(path, profile)
+    return profile
+
+
+def measure(
+    config: ModelConfig, dtype: jnp.dtype, batch: int, progress: Callable[[int, int], None] | None = None
+) -> Profile:
+    """Measure copies, and layers of the model (with random weights) over segments that are on the device.
+
+    Args:
+        progress: called with (things compiled or measured, such things in all).
+    """
+    begin, compiled_s, measured = time.perf_counter(), dict[Any, float](), dict[Any, float]()
+    on_cpu = memory.device_memory_is_host_memory()
+    probe, several, turns = (PROBE_TOKENS_ON_CPU, 1, 1) if on_cpu else (PROBE_TOKENS, SEVERAL, 2)
+    tokens = max(32, min(probe // batch, 2048))
+    model = _some(abstract(dataclasses.replace(config, num_layers=turns), dtype))
+    token_bytes = several * batch * config.kv_width * jnp.dtype(dtype).itemsize
+    forms = [(form, tokens // times) for form, times in SEGMENTS]
+    layers = {count: several if count * token_bytes <= SHORT_BYTES else 1 for _, count in forms}  # of a call
+    segments = _segments(model, batch, {(FORMS[form][0], count): layers[count] for form, count in forms})
+    calls: dict[Any, Calls] = {("layers", count): _layers(model, batch, layers=count) for count in {1, several}}
+    calls |= {"mlp": _mlp(model, batch), "head": _head(model, batch)}
+    for form, count in forms:
+        held, recompute = FORMS[form]
+        calls[form, count] = _layers(model, batch, (segments[held, count],), recompute, layers[count])
+
+    def dispatch(count: int) -> float:
+        return _dispatch_s(calls["layers", count], measured["layers", count])
+
+    measurements: dict[Any, Callable[[], float]] = {name: functools.partial(_run_s, of) for name, of in calls.items()}
+    measurements |= {("dispatch", count): functools.partial(dispatch, count) for count in {1, several}}
+    measurements["issue"] = link.issue_s
+    ends = ENDS[:1] if on_cpu else ENDS
+    needed = {*measurements} - {(form, tokens // times) for form, times in SEGMENTS if times not in ends}
+    for way in get_args(link.Way):
+        sizes = link.sizes(way)
+        measurements |= {(way, size): functools.partial(link.copy_s, way, size) for size in sizes}
+        needed |= {(way, size) for size in (sizes if way == "to_device" else sizes[:1])}
+    done = itertools.count(1)
+
+    def next_one() -> None:
+        if progress is not None:
+            progress(next(done), len(calls) + len(measurements))
+
+    def in_time(name: Any) -> bool:
+        return name in needed or time.perf_counter() - begin < ENOUGH_S
+
+    def compile_in_time(name: Any) -> None:
+        if in_time(name):
+            compiled_s[name] = _first_s(calls[name])
+
+    for names in ([name for name in measurements if (name in needed) == first] for first in (True, False)):
+        # Side by side, so that it takes a few seconds for all of them; nothing is measured meanwhile.
+        pool = futures.ThreadPoolExecutor(COMPILERS)
+        try:
+            for job in futures.as_completed([pool.submit(compile_in_time, name) for name in names if name in calls]):
+                job.result()
+                next_one()
+        finally:
+            pool.shutdown(cancel_futures=True)  # of Ctrl-C
+        for name in names:
+            if name in compiled_s or (name not in calls and in_time(name)):
+                measured[name] = measurements[name]()
+            next_one()
+
+    base_s = measured["layers", 1]
+    dispatch_s = min(measured["dispatch", 1], base_s)
+
+    def further(several_s: float, one_s: float) -> float:
+        """What each further layer takes, no more than one alone."""
+        return min(added_s(1, one_s, several, several_s), one_s) if several > 1 else one_s
+
+    def by_length(form: str) -> Curve:
+        found = sorted(count for of, count in forms if of == form and (of, count) in measured)
+        added = {count: measured[form, count] - measured["layers", layers[count]] for count in found}
+        return [(count, max(0.0, added[count]) / layers[count]) for count in found]
+
+    def by_size(way: link.Way) -> Curve:
+        return [(size, measured[way, size]) for size in link.sizes(way) if (way, size) in measured]
+
+    return Profile(
+        machine=machine(config, dtype, batch),
+        to_device=by_size("to_device"),
+        to_host=by_size("to_host"),
+        both=by_size("both"),
+        base_s=base_s,
+        further_s=further(measured["layers", several], base_s),
+        mlp_s=min(measured["mlp"], base_s),
+        keys_values=by_length("keys_values"),
+        project=by_length("project"),
+        absorb=by_length("absorb"),
+        head_s=measured["head"],
+        dispatch_s=dispatch_s,
+        layer_dispatch_s=further(measured["dispatch", several], dispatch_s),
+        issue_s=measured["issue"],
+        compile_s=max(0.0, min(compiled_s[form, tokens] - measured[form, tokens] for form in FORMS)),
+    )
+
+
+def _numbers(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """Numbers that are nothing special, repeated: on a CPU a layer of random ones takes long to draw."""
+    return jnp.resize(0.02 * jax.random.normal(key, (2**16 + 1,), dtype), shape)
+
+
+def _some(model: Model) -> Model:
+    """A model of these shapes, with such numbers; all made by one function, since each one takes long to compile."""
+    graphdef, state = nnx.split(model)
+    made = jax.jit(lambda key: jax.tree.map(lambda leaf: _numbers(key, leaf.shape, leaf.dtype), state))
+    return nnx.merge(graphdef, made(jax.random.key(0)))
+
+
+def _segments(model: Model, batch: int, layers: Mapping[tuple[str, int], int]) -> dict[tuple[str, int], Segment]:
+    """Segments of such numbers by how they are held and by length.
+
+    Args:
+        layers: how many each of them is of.
+    """
+    config, dtype = model.config, model.dtype
+
+    def segment(key: Array, held: str, count: int) -> Segment:
+        shape, slots = (layers[held, count], batch, count), jnp.arange(count, dtype=jnp.int32)
+        if held == "activations":
+            return Activations(_numbers(key, (*shape, config.hidden_size), dtype), slots)
+        kv = _numbers(key, (*shape, config.num_kv_heads, config.head_dim), dtype)
+        return KeysValues(kv, kv, slots)
+
+    made = jax.jit(lambda key: {wanted: segment(key, *wanted) for wanted in layers})
+    return memory.placed(made(jax.random.key(0)))
+
+
+def _layers(
+    model: Model, batch: int, segments: tuple[Segment, ...] = (), recompute: Recompute = "project", layers: int = 1
+) -> Calls:
+    """Steps of one layer, or of several in one call, over these segments of theirs.
+
+    The model's layers take turns, and so do tails: in a step no two calls have the same arrays, and with those of the
+    call before a GPU's host would have less to do.
+    """
+    config, dtype = model.config, model.dtype
+    shape = (layers, batch, PROBE_TAIL, config.num_kv_heads, config.head_dim)
+    place = memory.placed(Place(jnp.full(1, PROBE_SLOT, jnp.int32), None))
+    h = memory.placed(jnp.ones((batch, 1, config.hidden_size), dtype))
+    definition, _ = steps.split_module(model.layers[0])
+    params = [steps.split_module(layer)[1] for layer in model.layers]
+
+    def tail() -> Segment:
+        slots = PROBE_SLOT + jnp.arange(PROBE_TAIL, dtype=jnp.int32)
+        return memory.placed(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots))
+
+    tails = [tail() for _ in params]
+
+    def calls(count: int) -> Array:
+        out = h
+        for index in range(count):
+            turn = index % len(params)
+            taken = tuple(params[(turn + layer) % len(params)] for layer in range(layers))
+            out, tails[turn] = steps.decode_layers(
+                definition, taken, out, segments, tails[turn], place, recompute=recompute
+            )
+        return out
+
+    return calls
+
+
+def _mlp(model: Model, batch: int) -> Calls:
+    """One layer's MLP in a decode step."""
+    definition, params = steps.split_module(model.layers[0].mlp)
+    h = memory.placed(jnp.ones((batch, 1, model.config.hidden_size), model.dtype))
+    run = jax.jit(lambda params, h: definition.module(params)(h))
+    return lambda count: [run(params, h) for _ in range(count)]
+
+
+def _head(model: Model, batch: int) -> Calls:
+    """What surrounds the layers in a step: embedding, logits and the next token."""
+    embedder, sampling = steps.split_module(model.embedder), Sampling()
+    place = memory.placed(Place(jnp.zeros(1, jnp.int32), None))
+    keys, start = prompt_keys(0, [[0]] * batch), memory.placed((jnp.zeros(batch, jnp.int32), jnp.int32(0)))
+
+    def calls(count: int) -> Array:
+        tokens, index = start
+        for _ in range(count):
+            h, _ = steps.embed(*embedder, tokens[:, None], place)
+            logits = steps.logits(*embedder, h)
+            tokens, index = steps.sample(logits, keys, index, sampling, choice=sampling.choice)
+        return tokens
+
+    return calls
+
+
+def _first_s(calls: Calls) -> float:
+    """Seconds of the first call, which traces and compiles."""
+    return trials_s(lambda: calls(1), trials=1, warm_up=0)[0]
+
+
+def _run_s(calls: Calls) -> float:
+    """Seconds to run once what `calls` issues; it is compiled."""
+    one_s = min(trials_s(lambda: calls(1), trials=2, warm_up=0))
+    if CALLS * one_s >= LONG_S:
+        return one_s
+    few = max(CALLS, math.ceil(SHORT_S / one_s))
+    few_s, many_s = (min(trials_s(functools.partial(calls, count), 4, warm_up=1)) for count in (few, 2 * few))
+    return added_s(few, few_s, 2 * few, many_s)
+
+
+def _dispatch_s(calls: Calls, run_s: float) -> float:
+    """Seconds that the host needs to issue a call which takes `run_s` on the device."""
+    count, trials = (CALLS, 5) if CALLS * run_s < LONG_S else (1, 1)
+    return issued_s(lambda: calls(count), trials) / count
