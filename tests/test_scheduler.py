@@ -245,6 +245,17 @@ def test_a_simulated_gpu_is_planned_alike_on_every_machine(monkeypatch):
     assert plans[0] == plans[1] and plans[0].resident_tokens
 
 
+@pytest.mark.parametrize("offload", ["auto", "none"])
+@pytest.mark.parametrize("share, group", [(0.5, 8), (0.6, 4), (0.8, 1)])
+def test_what_fits_the_device_stays_there_in_groups_as_large_as_there_is_room_for(share, group, offload):
+    """Of 1 GiB a layer: 8 where an eighth of what is free holds them, 1 where there is no room for several twice."""
+    free = int(32 * GIB / share)
+    workload, request = Workload(64, 1000, 25), Request(offload=offload)
+    plan = make_plan(OPT_6_7B, jnp.dtype("bfloat16"), workload, request, H200, free, 900 * GIB)
+    assert not plan.offloaded and plan.device_bytes <= free
+    assert plan.group == group
+
+
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
 def test_the_device_is_filled_first_and_the_rest_spills_on_the_way(share):
     """From 64 tokens to 1024: what the budget holds stays, its tail included; the host gets the others as they come."""
