@@ -1,7 +1,7 @@
 """The cost model of a decode step: what a plan is chosen by. Lengths in tokens, times in seconds.
 
-The layers go in groups of N, one large layer or several small ones, which are copied and computed together. Copies run
-beside the compute of the group before, and the host issues both:
+The layers go in groups of N, which are copied and computed together. Copies run beside the compute of the group before,
+and the host issues both:
 
     link_s(l)    = L/N · sum over copies (activations; keys, values) of what one of so many bytes takes
     compute_s(l) = L/N · (layer + (N - 1) · further layer) + L · (for each form: what a segment of so many tokens adds)
@@ -141,17 +141,17 @@ def _longer(of: Any, times: float) -> Any:
     return times * of if isinstance(of, float) else [(size, times * seconds) for size, seconds in of]
 
 
-def group_of(layers: int, layer_bytes: int, most_bytes: int) -> int:
-    """N: layers of a group, so many that all groups are alike and share one compiled function.
+def group_sizes(layers: int, layer_bytes: int, most_bytes: int) -> list[int]:
+    """N to choose from, layers of a group, largest first: all groups are alike and share one compiled function.
 
-    The device waits between two calls, and the host needs longer to issue layers one by one.
+    The larger the better: the device waits between two calls, and the host needs longer to issue layers one by one.
 
     Args:
         layer_bytes: of a layer's cache, at most.
         most_bytes: of a group's, if it has more than one layer.
     """
     most = max(1, min(GROUP, most_bytes // max(1, layer_bytes)))
-    return max(size for size in range(1, most + 1) if layers % size == 0)
+    return [size for size in range(most, 0, -1) if layers % size == 0]
 
 
 def buckets(tokens: int) -> list[int]:

@@ -101,6 +101,7 @@ class Decoder:
                 chunks[index] = (place, h)
                 parts.append(segments)
             layers.append(_joined(parts, SEQUENCES))
+            parts.clear()  # what is joined is not there twice
             if len(layers) == plan.group:
                 host, stay = _joined(layers, LAYERS)
                 groups.append((*map(memory.to_host, host), *stay))

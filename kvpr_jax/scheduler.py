@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from kvpr_jax import memory
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.costs import Costs, Held, buckets, group_of
+from kvpr_jax.costs import Costs, Held, buckets, group_sizes
 from kvpr_jax.engines import WINDOW, window_bytes
 from kvpr_jax.models.attention import Recompute, fused, fusible
 from kvpr_jax.plan import Plan, Request, Workload, longest_flushed
@@ -26,7 +26,7 @@ PREFILL_QUERIES = 2048  # tokens of one sequence that pass through attention and
 PREFILL_QUERIES_LEAST = 64  # fewer would not fill the device
 MARGIN = 0.05  # of free memory, left alone
 GROUP_BYTES = 2**29  # cache of a group of which some crosses the link, at most: its window holds three
-GROUP_SHARE = 32  # and one part in so many of the device's free memory
+GROUP_SHARE = 64  # and one part in so many of the device's free memory
 GROUP_SHARE_RESIDENT = 8  # the same of a group that stays on the device, which is there twice while prefill makes it
 
 
@@ -107,12 +107,11 @@ def make_plan(
     sequences, queries = _prefill_chunk(config, dtype, workload, request, free_device_bytes, has_fused)
     prefill_bytes = _prefill_bytes(config, dtype, workload, sequences, queries, has_fused)
     widest = workload.prompt_tokens * max(costs.host_bytes(0, 1), costs.host_bytes(1, 0))
-    costs = _in_groups(costs, workload, request, free_device_bytes, prefill_bytes)
+    costs, all_stays = _in_groups(costs, workload, request, free_device_bytes, prefill_bytes)
     group, step_bytes = costs.group, _step_bytes(costs, workload)
     leaving = WINDOW * group  # layers that wait in prefill for the link
     joined = group if group > 1 else 0  # and those that are there twice, when they become a group
     beside_bytes = max(prefill_bytes + (leaving + joined) * widest, step_bytes)
-    all_stays = _all_stays(costs, workload, request, free_device_bytes, prefill_bytes)
     usable = _usable(free_device_bytes) - beside_bytes
     offloaded, resident, resident_flushes, tail = _residency(costs, workload, request, all_stays, usable)
     written = workload.total_tokens - workload.prompt_tokens
@@ -202,17 +201,20 @@ def make_plan(
     return dataclasses.replace(chosen, reason=reason, unfit_splits=unfit)
 
 
-def _in_groups(costs: Costs, workload: Workload, request: Request, free_device_bytes: int, prefill_bytes: int) -> Costs:
-    """The cost model with as many layers a group as there is room for: more where nothing crosses the link."""
+def _in_groups(
+    costs: Costs, workload: Workload, request: Request, free_device_bytes: int, prefill_bytes: int
+) -> tuple[Costs, bool]:
+    """The cost model with as many layers a group as there is room for, and whether all the cache stays on the device.
+
+    If it does, a group may be larger; but the cache goes to the host for want of room only, not for larger groups.
+    """
     layers, layer_bytes = costs.config.num_layers, costs.host_bytes(0, workload.total_tokens)
-
-    def grouped(most_bytes: int) -> Costs:
-        return dataclasses.replace(costs, group=group_of(layers, layer_bytes, most_bytes))
-
-    resident = grouped(free_device_bytes // GROUP_SHARE_RESIDENT)
-    if _all_stays(resident, workload, request, free_device_bytes, prefill_bytes):
-        return resident
-    return grouped(min(GROUP_BYTES, free_device_bytes // GROUP_SHARE))
+    for group in group_sizes(layers, layer_bytes, free_device_bytes // GROUP_SHARE_RESIDENT):
+        grouped = dataclasses.replace(costs, group=group)
+        if _all_stays(grouped, workload, request, free_device_bytes, prefill_bytes):
+            return grouped, True
+    streamed = group_sizes(layers, layer_bytes, min(GROUP_BYTES, free_device_bytes // GROUP_SHARE))
+    return dataclasses.replace(costs, group=streamed[0]), False
 
 
 def _all_stays(costs: Costs, workload: Workload, request: Request, free_device_bytes: int, prefill_bytes: int) -> bool:
@@ -239,7 +241,7 @@ def _residency(
     The device's budget is filled first, evenly in all layers, by the prompt's last tokens and then by new ones.
 
     Args:
-        all_stays: see `_all_stays`.
+        all_stays: whether there is room for all of the cache.
         usable: bytes that the cache may take on the device beside what prefill and a step need.
     """
     everything = max(1, workload.new_tokens - 1)  # a tail that is never flushed

@@ -204,7 +204,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B Q D"]:
         """Attention of the tokens `x` at `place` over `segments`, which hold these tokens too.
 
-        Only what `visible` allows counts: slots behind a token's own may stand for anything.
+        Only what `visible` allows counts: slots behind a token's own may stand for anything finite.
         """
         q = jnp.moveaxis(self.queries(x, place.positions(place.slots)), 1, 3)
         out = attend([self._part(q, segment, place, recompute) for segment in segments]).astype(x.dtype)

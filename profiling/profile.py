@@ -41,7 +41,7 @@ class Profile:
         head_s: embedding, logits and sampling of a step, of many in a row.
         dispatch_s, layer_dispatch_s: what the host needs to issue a layer step, and each further layer in one call.
         issue_s: what it needs to issue one of several copies.
-        compile_s: tracing and compiling one layer step, beside others.
+        compile_s: tracing and compiling a call of a few layers, or of one on a CPU, beside other functions.
     """
 
     machine: dict[str, str]

@@ -77,7 +77,7 @@ def each_engine(monkeypatch, grouped: bool) -> Iterator[str]:
     """What to request for each engine of a cache on the host.
 
     Args:
-        grouped: whether small layers go together.
+        grouped: whether layers go together.
     """
     monkeypatch.setattr(costs, "GROUP", 8 if grouped else 1)
     yield from ("overlapped", "sequential")

@@ -256,7 +256,9 @@ def test_every_arrangement_decodes_the_same_and_moves_the_same_bytes():
             helpers.assert_close(decoder.step(cache, jnp.asarray(tokens[:, index])), expected[index + 1])
 
 
-def test_the_report_of_arrangements_holds_every_step(tmp_path, capsys):
+def test_the_report_of_arrangements_holds_every_step(tmp_path, monkeypatch, capsys):
+    """Layer by layer, though plans have them in groups."""
+    monkeypatch.setattr(costs, "GROUP", 8)
     out = tmp_path / "report.json"
     setting = ["--model", str(checkpoint.BUNDLED), *SETTING, "--prompt", "10"]
     assert residency.main([*setting, "--out", str(out)]) == 0

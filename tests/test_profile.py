@@ -215,18 +215,16 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, mo
 
     class Calls:
         def __init__(self, model, batch, segments=(), recompute="project", layers=1):
-            self.first_s, self.run_s = 3.0, base_s + (layers - 1) * base_s / 2
+            self.run_s = base_s + (layers - 1) * base_s / 2
+            self.first_s = 2.0 + self.run_s
             self.dispatch_s = 1e-4 + 3e-5 * layers
             if segments:
                 (segment,) = segments
-                form = "keys_values" if isinstance(segment, KeysValues) else recompute
-                begin_s, token_s = costs[form]
+                begin_s, token_s = costs["keys_values" if isinstance(segment, KeysValues) else recompute]
                 assert all(array.shape[:2] == (layers, 2) for array in segment.arrays.values())
                 self.run_s += layers * (begin_s + token_s * segment.tokens)
                 if layers > 1:
                     in_groups.append(segment.tokens)
-                if (form, segment.tokens) == ("project", 64):
-                    self.first_s = 2.0 + self.run_s  # the least of those of the longest segments
 
     def first_s(calls):
         events.append("compiled")

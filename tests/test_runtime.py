@@ -59,6 +59,18 @@ def test_how_it_is_carried_out_does_not_change_the_tokens(config, change):
     assert_close(changed, logits)
 
 
+@pytest.mark.parametrize("config", [OPT, LLAMA], ids=["opt", "llama"])
+def test_what_stays_on_the_device_is_decoded_in_groups(config, monkeypatch):
+    monkeypatch.setattr(costs, "GROUP", 8)
+    model = random_model(config)
+    prompts = random_prompts(LENGTHS, config.vocab_size)
+    request = Request(offload="none", prefill_tokens=26)  # chunks of 2 sequences and 1
+    tokens, logits, cache, plan = greedy(Decoder(model), prompts, NEW, request)
+    assert plan.group == 3 and len(cache.groups) == 1 and cache.tokens()["resident"] == max(LENGTHS)
+    for row, prompt in enumerate(prompts):
+        assert_close(logits[:, row], whole_text_logits(model, prompt, tokens[row]))
+
+
 def test_residency_keeps_the_end_of_the_prompt_on_the_device():
     decoder = Decoder(random_model(OPT))
     prompts = random_prompts((13, 13), OPT.vocab_size)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from helpers import GQA, LLAMA, OPT, profile
 from kvpr_jax import costs as cost_model
 from kvpr_jax import engines, memory, scheduler
-from kvpr_jax.costs import Costs, Held, buckets, group_of
+from kvpr_jax.costs import Costs, Held, buckets, group_sizes
 from kvpr_jax.plan import Request, Workload
 from kvpr_jax.scheduler import make_plan
 
@@ -202,8 +202,9 @@ def test_the_devices_bytes_are_what_stands_there():
     (32, 0, 8), (32, 0.5, 8), (32, 16, 8), (32, 17, 4), (32, 32, 4), (32, 64, 2), (32, 65, 1), (32, 256, 1),
     (1, 0, 1), (7, 0, 7), (12, 0, 6), (12, 40, 3), (13, 0, 1), (13, 16, 1),
 ])  # fmt: skip
-def test_small_layers_go_in_groups(layers, mib, group):
-    assert group_of(layers, int(mib * 2**20), 2**27) == group
+def test_layers_go_in_groups_that_are_alike(layers, mib, group):
+    sizes = group_sizes(layers, int(mib * 2**20), 2**27)
+    assert sizes == [size for size in range(group, 0, -1) if layers % size == 0]
 
 
 @pytest.mark.parametrize("batch, total, group, tail", [
@@ -215,6 +216,14 @@ def test_a_tail_makes_a_copy_of_sixteen_mebibytes_with_all_layers_of_its_group(b
     workload, request = Workload(batch, 1, total), Request(offload="all")
     plan = make_plan(OPT_6_7B, jnp.dtype("bfloat16"), workload, request, H200, 9000 * GIB, 9000 * GIB)
     assert (plan.group, plan.tail_tokens) == (group, min(tail, total - 1))
+
+
+@pytest.mark.parametrize("free_gib, group", [(100, 8), (20, 4), (10, 2), (6, 1)])
+def test_groups_whose_cache_is_streamed_take_a_small_part_of_the_device(free_gib, group):
+    """Of 64 MiB a layer: 512 MiB, and one part in 64 of what is free."""
+    workload, request = Workload(4, 1000, 25), Request(offload="all")
+    plan = make_plan(OPT_6_7B, jnp.dtype("bfloat16"), workload, request, H200, free_gib * GIB, 900 * GIB)
+    assert plan.group == group
 
 
 @pytest.mark.parametrize("batch, layers", [(32, 3), (8, 3 * 2 + 2), (1, 3 * 8 + 8)])
@@ -246,9 +255,9 @@ def test_a_simulated_gpu_is_planned_alike_on_every_machine(monkeypatch):
 
 
 @pytest.mark.parametrize("offload", ["auto", "none"])
-@pytest.mark.parametrize("share, group", [(0.5, 8), (0.6, 4), (0.8, 1)])
+@pytest.mark.parametrize("share, group", [(0.5, 8), (0.6, 4), (0.8, 2), (0.84, 1)])
 def test_what_fits_the_device_stays_there_in_groups_as_large_as_there_is_room_for(share, group, offload):
-    """Of 1 GiB a layer: 8 where an eighth of what is free holds them, 1 where there is no room for several twice."""
+    """Of 1 GiB a layer: 8 where an eighth of what is free holds them, fewer where so many have no room twice."""
     free = int(32 * GIB / share)
     workload, request = Workload(64, 1000, 25), Request(offload=offload)
     plan = make_plan(OPT_6_7B, jnp.dtype("bfloat16"), workload, request, H200, free, 900 * GIB)
