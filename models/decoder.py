@@ -80,12 +80,10 @@ class DecoderLayer(nnx.Module):
             Hidden states for the next layer, and the tail with the tokens in it.
         """
         x = self.read(h)
-        as_activations = isinstance(tail, Activations)
-        tail = written(
-            tail, layer, Activations(x, place.slots) if as_activations else self.attention.remember(x, place)
-        )
-        held = (*segments, of_layer(tail, layer))
-        return self.write(h, x, self.attention(x, held, place, recompute)), tail
+        token = Activations(x, place.slots) if isinstance(tail, Activations) else self.attention.remember(x, place)
+        tail = written(tail, layer, token)
+        attended = self.attention(x, (*segments, of_layer(tail, layer)), place, recompute)
+        return self.write(h, x, attended), tail
 
 
 class Embedder(nnx.Module):
