@@ -204,8 +204,7 @@ def _layers(
     shape = (layers, batch, PROBE_TAIL, config.num_kv_heads, config.head_dim)
     place = memory.placed(Place(jnp.full(1, PROBE_SLOT, jnp.int32), None))
     h = memory.placed(jnp.ones((batch, 1, config.hidden_size), dtype))
-    definition, _ = steps.split_module(model.layers[0])
-    params = [steps.split_module(layer)[1] for layer in model.layers]
+    (definition, *_), params = zip(*map(steps.split_module, model.layers), strict=True)  # one definition for all layers
 
     def tail() -> Segment:
         slots = PROBE_SLOT + jnp.arange(PROBE_TAIL, dtype=jnp.int32)
