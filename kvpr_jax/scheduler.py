@@ -110,7 +110,7 @@ def make_plan(
     costs, all_stays = _in_groups(costs, workload, request, free_device_bytes, prefill_bytes)
     group, step_bytes = costs.group, _step_bytes(costs, workload)
     leaving = WINDOW * group  # layers that wait in prefill for the link
-    joined = group if group > 1 else 0  # and those that are there twice, when they become a group
+    joined = _joined_layers(group)
     beside_bytes = max(prefill_bytes + (leaving + joined) * widest, step_bytes)
     usable = _usable(free_device_bytes) - beside_bytes
     offloaded, resident, resident_flushes, tail = _residency(costs, workload, request, all_stays, usable)
@@ -221,11 +221,16 @@ def _all_stays(costs: Costs, workload: Workload, request: Request, free_device_b
     """Whether all of the cache may stay on the device, and there is room for it."""
     if request.offload == "all" or request.split != "auto":
         return False
-    joined = costs.group_bytes(0, workload.prompt_tokens) if costs.group > 1 else 0
-    room = _usable(free_device_bytes) - max(prefill_bytes + joined, _step_bytes(costs, workload))
+    joined_bytes = _joined_layers(costs.group) * costs.host_bytes(0, workload.prompt_tokens)
+    room = _usable(free_device_bytes) - max(prefill_bytes + joined_bytes, _step_bytes(costs, workload))
     if request.device_cache_gib is not None:
         room = min(room, int(request.device_cache_gib * memory.GIB))
     return costs.cache_bytes(0, workload.total_tokens) <= room
+
+
+def _joined_layers(group: int) -> int:
+    """Layers that are on the device twice in prefill, while they become a group."""
+    return group if group > 1 else 0
 
 
 def _usable(free_device_bytes: int) -> int:
