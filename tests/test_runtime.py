@@ -1,6 +1,7 @@
 """Engines, cache and prefill: every way to hold the cache gives the same logits, within the memory it promises."""
 
 import collections
+import dataclasses
 import gc
 import sys
 import time
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from helpers import CONFIGS, GQA, LLAMA, OPT, assert_close, greedy, random_model, random_prompts
 from kvpr_jax import compiling, costs, engines, memory, runtime, steps
@@ -266,6 +268,19 @@ def test_prefill_keeps_no_more_than_its_window_on_the_device(monkeypatch):
     monkeypatch.setattr(runtime.jax, "block_until_ready", finishing)
     decoder.prefill(prompts, plan)
     assert len(waiting) == layers and max(waiting) == engines.WINDOW - 1
+
+
+@pytest.mark.parametrize(
+    "config", [OPT, LLAMA, dataclasses.replace(OPT, norm_affine=False, bias=False)], ids=["opt", "llama", "no vectors"]
+)
+def test_a_module_is_split_into_few_arrays_and_put_together_again(config):
+    layer = random_model(config).layers[0]
+    rng = np.random.default_rng(0)
+    drawn = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), nnx.state(layer))
+    nnx.update(layer, drawn)  # no two vectors are alike
+    definition, params = steps.split_module(layer)
+    assert [leaf.ndim for leaf in jax.tree.leaves(params)] == [2] * len(jax.tree.leaves(params["others"])) + [1]
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(definition.module(params)), drawn)
 
 
 @pytest.mark.parametrize("config, module", [(OPT, opt), (LLAMA, llama)], ids=["opt", "llama"])
