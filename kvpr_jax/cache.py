@@ -154,9 +154,8 @@ class Cache:
     def tokens(self) -> dict[str, int]:
         """Tokens of one layer by where and how they are held: activations, keys_values, resident, tail."""
         held = _held(self.groups[0])
-        resident = held.resident + held.resident_activations
         on_host = {"activations": held.activations, "keys_values": held.keys_values}
-        return on_host | {"resident": resident, "tail": self.written}
+        return on_host | {"resident": held.resident, "tail": self.written}
 
     def _new_tails(self) -> None:
         """Empty tails from slot `length` on, in the form that they are to be held in."""
@@ -170,7 +169,9 @@ class Cache:
 
     def _read(self) -> Held:
         """Tokens that a step reads: the tail whole, slots that are not written yet too."""
-        return _held((*self.groups[0], self.tails[0]))
+        tail = self.tails[0]
+        smaller = isinstance(tail, Activations)
+        return dataclasses.replace(_held(self.groups[0]), tail=tail.tokens, tail_is_activations=smaller)
 
     def _tail_form(self, segments: tuple[Segment, ...], index: int) -> Callable[["Cache"], Segment]:
         """What makes the tail of this index beside these segments of a group."""
@@ -179,11 +180,11 @@ class Cache:
 
 
 def _held(segments: tuple[Segment, ...]) -> Held:
-    """Tokens of a group's segments by place and form."""
+    """Tokens of a group's segments by place and form; on the device all are keys and values."""
     counts = collections.Counter[tuple[bool, bool]]()
     for segment in segments:
         counts[memory.on_host(segment), isinstance(segment, Activations)] += segment.tokens
-    return Held(counts[True, True], counts[True, False], counts[False, False], counts[False, True])
+    return Held(counts[True, True], counts[True, False], counts[False, False])
 
 
 def _tail_slots(cache: Cache) -> Int[Array, " T"]:

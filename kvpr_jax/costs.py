@@ -5,13 +5,14 @@ and the host issues both:
 
     link_s(l)    = L/N · sum over copies (activations; keys, values) of what one of so many bytes takes
     compute_s(l) = L/N · (layer + (N - 1) · further layer) + L · (for each form: what a segment of so many tokens adds)
-    issue_s(l)   = L/N · (call + (N - 1) · further layer + copies · copy)
+    issue_s(l)   = L/N · (call + (N - 1) · further layer + copies · copy) + L · segments · segment
     step_s(l)    = max(link_s, compute_s + head, issue_s + head)
 
 since the window reaches over the ends of steps, and a short step is issued before the host has read the tokens of the
 one before it; a long one waits for that, which takes next to nothing of it.
 
-A form's tokens count as one copy, or two, however many segments they are in: merging keeps those few.
+A form's tokens count as one segment and one copy, or two, however many they are in: merging keeps those few. A layer
+without segments has a tail of keys and values already, so that those tokens add no more than they do to a segment.
 `two_phase_step_s` is the cost model of the paper (arXiv 2411.17089, equations 8 to 11), kept for comparison.
 """
 
@@ -29,7 +30,7 @@ GROUP = 8  # layers at most: one call of so many is issued in less time than the
 TIMES_OF = {  # sides of a step: the profile's times that make them up, and its curves
     "copies to the device": ("to_device",),
     "compute": ("base_s", "further_s", "keys_values", "project", "absorb"),
-    "dispatch": ("dispatch_s", "layer_dispatch_s", "issue_s"),
+    "dispatch": ("dispatch_s", "layer_dispatch_s", "segment_dispatch_s", "issue_s"),
 }
 
 
@@ -40,13 +41,15 @@ class Held:
     Attributes:
         activations, keys_values: on the host.
         resident: on the device, as keys and values.
-        resident_activations: there, as activations: a tail may be.
+        tail: there, slots of the tail, written or not.
+        tail_is_activations: whether it is held as such.
     """
 
     activations: int
     keys_values: int
     resident: int = 0
-    resident_activations: int = 0
+    tail: int = 0
+    tail_is_activations: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +85,21 @@ class Costs:
         copies_s = (self.profile.copy_s(nbytes) for nbytes in self.arrays_bytes(activations, keys_values))
         return sum(copies_s, 0.0) / self.group
 
-    def compute_s(self, activations: int, keys_values: int, recompute: Recompute) -> float:
-        """One layer's share of its group's step over tokens in each form, wherever they are held."""
-        return self.profile.layer_s(recompute, activations, keys_values, self.group)
+    def compute_s(self, held: Held, recompute: Recompute) -> float:
+        """One layer's share of its group's step, wherever the tokens are held."""
+        smaller = held.tail if held.tail_is_activations else 0
+        return (
+            self.profile.layer_s(self.group)
+            + self.profile.segment_s(recompute, held.activations + smaller)
+            + self.profile.segment_s("keys_values", held.keys_values + held.resident, held.tail - smaller)
+        )
 
-    def issue_s(self, activations: int, keys_values: int) -> float:
+    def issue_s(self, held: Held) -> float:
         """One layer's share of what the host needs to issue its group's step and copies."""
-        copies = len(self.arrays_bytes(activations, keys_values))
+        copies = len(self.arrays_bytes(held.activations, held.keys_values))
+        segments = sum(map(bool, (held.activations, held.keys_values, held.resident)))
         call_s = self.profile.dispatch_s + (self.group - 1) * self.profile.layer_dispatch_s
-        return (call_s + copies * self.profile.issue_s) / self.group
+        return (call_s + copies * self.profile.issue_s) / self.group + segments * self.profile.segment_dispatch_s
 
     def step_s(self, held: Held, recompute: Recompute, engine: Engine) -> float:
         """One decode step."""
@@ -101,13 +110,12 @@ class Costs:
 
     def sides(self, held: Held, recompute: Recompute, engine: Engine) -> dict[str, float]:
         """What all layers take of each thing that a step may be bound by; dispatch, where the host runs ahead."""
-        activations, keys_values = held.activations, held.keys_values
         sides = {
-            "copies to the device": self.link_s(activations, keys_values),
-            "compute": self.compute_s(activations + held.resident_activations, keys_values + held.resident, recompute),
+            "copies to the device": self.link_s(held.activations, held.keys_values),
+            "compute": self.compute_s(held, recompute),
         }
         if engine == "overlapped":
-            sides["dispatch"] = self.issue_s(activations, keys_values)
+            sides["dispatch"] = self.issue_s(held)
         return {side: self.config.num_layers * seconds for side, seconds in sides.items()}
 
     def _with_head(self, sides: dict[str, float]) -> dict[str, float]:
@@ -132,7 +140,7 @@ class Costs:
     def two_phase_step_s(self, activations: int, keys_values: int) -> float:
         """The paper's schedule: the activations cross first, then they are projected beside the other copies."""
         first = self.link_s(activations, 0)
-        rest = max(self.link_s(0, keys_values), self.compute_s(activations, keys_values, "project"))
+        rest = max(self.link_s(0, keys_values), self.compute_s(Held(activations, keys_values), "project"))
         return self.config.num_layers * (first + rest) + self.profile.head_s
 
 

@@ -176,9 +176,9 @@ class Plan:
         return self.holds_activations_next(held, max(0, self.flushes - index - 1))
 
     def with_tail(self, held: Held, index: int) -> Held:
-        """All tokens that a step reads: the tail is on the device, and read whole, slots not written yet too."""
-        form = "resident_activations" if self.tail_is_activations(held, index) else "resident"
-        return dataclasses.replace(held, **{form: getattr(held, form) + self.tail_tokens})
+        """All tokens that a step reads beside these: the tail of this index, slots not written yet too."""
+        smaller = self.tail_is_activations(held, index)
+        return dataclasses.replace(held, tail=self.tail_tokens, tail_is_activations=smaller)
 
     @property
     def step_shape(self) -> tuple[Any, ...]:

@@ -316,7 +316,7 @@ def _recompute(costs: Costs, workload: Workload, request: Request) -> Recompute:
     if request.recompute != "auto":
         return request.recompute
     ways: tuple[Recompute, ...] = get_args(Recompute)
-    return min(reversed(ways), key=lambda way: costs.compute_s(workload.prompt_tokens, 0, way))
+    return min(reversed(ways), key=lambda way: costs.compute_s(Held(workload.prompt_tokens, 0), way))
 
 
 def _tail_tokens(costs: Costs) -> int:

@@ -67,6 +67,7 @@ def layer_rows(measured: Profile) -> list[dict[str, str]]:
         "head: embedding, logits, next token": measured.head_s,
         "the host issues a layer's step in": measured.dispatch_s,
         "and each further layer's of a call": measured.layer_dispatch_s,
+        "for each segment of a layer it needs": measured.segment_dispatch_s,
         "the host issues one of several copies in": measured.issue_s,
         "compiling a layer": measured.compile_s,
     }

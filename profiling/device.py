@@ -51,7 +51,7 @@ class Device:
         activations_bytes_per_s: at which it attends to activations without forming keys or values.
         layer_s: what a layer's step takes beside reading its weights.
         head_s: what surrounds the layers in a step, beside reading the head's weights.
-        dispatch_s, issue_s: what the host needs to issue a layer's step, and a copy.
+        dispatch_s, issue_s: what the host needs to issue a layer's step, segments included, and a copy.
         compile_s: tracing and compiling one layer step.
     """
 
@@ -119,6 +119,7 @@ class Device:
             head_s=self.head_s + weights.head_bytes / self.weights_bytes_per_s,
             dispatch_s=self.dispatch_s,
             layer_dispatch_s=self.dispatch_s,
+            segment_dispatch_s=0.0,
             issue_s=self.issue_s,
             compile_s=self.compile_s,
         )

@@ -88,13 +88,16 @@ def measure(
         held, recompute = FORMS[form]
         calls[form, count] = _layers(model, batch, (segments[held, count],), recompute, layers[count])
 
-    def dispatch(count: int) -> float:
-        return _dispatch_s(calls["layers", count], measured["layers", count])
+    ends = ENDS[:1] if on_cpu else ENDS
+    shortest = "keys_values", tokens // ends[-1]
+    issued = {("layers", 1), ("layers", several), shortest}
+
+    def dispatch(name: Any) -> float:
+        return _dispatch_s(calls[name], measured[name])
 
     measurements: dict[Any, Callable[[], float]] = {name: functools.partial(_run_s, of) for name, of in calls.items()}
-    measurements |= {("dispatch", count): functools.partial(dispatch, count) for count in {1, several}}
+    measurements |= {("dispatch", name): functools.partial(dispatch, name) for name in issued}
     measurements["issue"] = link.issue_s
-    ends = ENDS[:1] if on_cpu else ENDS
     needed = {*measurements} - {(form, tokens // times) for form, times in SEGMENTS if times not in ends}
     for way in get_args(link.Way):
         sizes = link.sizes(way)
@@ -127,8 +130,9 @@ def measure(
                 measured[name] = measurements[name]()
             next_one()
 
-    base_s = measured["layers", 1]
-    dispatch_s = min(measured["dispatch", 1], base_s)
+    base_s, together = measured["layers", 1], layers[shortest[1]]
+    dispatch_s = min(measured["dispatch", ("layers", 1)], base_s)
+    segments_s = measured["dispatch", shortest] - measured["dispatch", ("layers", together)]
 
     def further(several_s: float, one_s: float) -> float:
         """What each further layer takes, no more than one alone."""
@@ -155,7 +159,8 @@ def measure(
         absorb=by_length("absorb"),
         head_s=measured["head"],
         dispatch_s=dispatch_s,
-        layer_dispatch_s=further(measured["dispatch", several], dispatch_s),
+        layer_dispatch_s=further(measured["dispatch", ("layers", several)], dispatch_s),
+        segment_dispatch_s=max(0.0, segments_s) / together,
         issue_s=measured["issue"],
         compile_s=max(0.0, compiled_s["layers", several] - measured["layers", several]),
     )

@@ -18,7 +18,7 @@ from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling import curves, link, nvidia
 from kvpr_jax.profiling.curves import Curve
 
-VERSION = 9  # of the file's meaning
+VERSION = 10  # of the file's meaning
 FORMS: dict[str, tuple[str, Recompute]] = {  # by their curves: how a segment is held, and what is done with it
     "keys_values": ("keys_values", "project"),
     "project": ("activations", "project"),
@@ -40,6 +40,7 @@ class Profile:
         keys_values, project, absorb: (tokens, seconds) that a segment of the cache adds to it in each form, by length.
         head_s: embedding, logits and sampling of a step, of many in a row.
         dispatch_s, layer_dispatch_s: what the host needs to issue a layer step, and each further layer in one call.
+        segment_dispatch_s: what it needs more for each segment of a layer's cache.
         issue_s: what it needs to issue one of several copies.
         compile_s: tracing and compiling a call of a few layers, or of one on a CPU, beside other functions.
     """
@@ -57,6 +58,7 @@ class Profile:
     head_s: float
     dispatch_s: float
     layer_dispatch_s: float
+    segment_dispatch_s: float
     issue_s: float
     compile_s: float
 
@@ -64,14 +66,16 @@ class Profile:
         """Seconds that one host-to-device copy adds to others under way."""
         return curves.of_copy(self.to_device, nbytes)
 
-    def layer_s(self, recompute: Recompute, activations: int, keys_values: int, group: int) -> float:
-        """Seconds of one of `group` layers in one call over so many tokens in each form, a segment each."""
-        seconds = (self.base_s + (group - 1) * self.further_s) / group
-        if activations:
-            seconds += curves.of_segment(self.project if recompute == "project" else self.absorb, activations)
-        if keys_values:
-            seconds += curves.of_segment(self.keys_values, keys_values)
-        return seconds
+    def layer_s(self, group: int) -> float:
+        """Seconds of one of `group` layers in one call, its cache a short tail."""
+        return (self.base_s + (group - 1) * self.further_s) / group
+
+    def segment_s(self, form: str, tokens: int, tail: int = 0) -> float:
+        """Seconds that a segment of so many tokens (0: none) adds to a layer in this form, and so many of its tail."""
+        curve = getattr(self, form)
+        seconds = curves.of_segment(curve, tokens) if tokens else 0.0
+        beside = tokens or curve[0][0]
+        return seconds + curves.of_segment(curve, beside + tail) - curves.of_segment(curve, beside)
 
 
 def machine(config: ModelConfig, dtype: jnp.dtype, batch: int) -> dict[str, str]:

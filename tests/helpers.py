@@ -67,6 +67,7 @@ def profile(**changes: object) -> Profile:
         head_s=1e-3,
         dispatch_s=2e-5,
         layer_dispatch_s=1e-5,
+        segment_dispatch_s=3e-6,
         issue_s=1e-5,
         compile_s=0.5,
     )

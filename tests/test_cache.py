@@ -126,7 +126,7 @@ def test_segments_grow_with_the_logarithm_of_the_tokens_and_lose_none(split):
 def test_a_link_that_stays_slow_is_told_once_and_later_tails_are_smaller():
     """Keys and values at first, since projecting is dear here. Behind the next tail, which may be compiled for already,
     what was measured says otherwise."""
-    host = {"head_s": 0.0, "dispatch_s": 0.0, "layer_dispatch_s": 0.0, "issue_s": 0.0}
+    host = {"head_s": 0.0, "dispatch_s": 0.0, "layer_dispatch_s": 0.0, "segment_dispatch_s": 0.0, "issue_s": 0.0}
     dear = profile(base_s=0.0, keys_values=[(1, 1e-9)], project=[(1, 1e-3)], **host)
     cache = new_cache(None, machine=dear)
     grow(cache, 2)
@@ -151,7 +151,7 @@ def test_a_link_that_stays_slow_is_told_once_and_later_tails_are_smaller():
 @pytest.mark.parametrize("split", [0, PROMPT])
 def test_a_step_is_predicted_with_its_tail_in_its_own_form(split):
     cache = new_cache(split)
-    held = Held(split, PROMPT - split, *((0, TAIL) if split else (TAIL, 0)))
+    held = Held(split, PROMPT - split, tail=TAIL, tail_is_activations=bool(split))
     assert cache.predicted_step_s == cache.plan.step_s(held) != cache.plan.step_s(Held(split, PROMPT - split))
     given = cache.plan.costs.profile
     ((_, each_s),) = given.project if split else given.keys_values

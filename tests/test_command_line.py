@@ -205,6 +205,7 @@ def test_steps_that_stay_slower_than_predicted_are_told_once(run, monkeypatch):
         to_device=[(2**20, 1e-7), (2**26, 1e-6)],
         dispatch_s=0.0,
         layer_dispatch_s=0.0,
+        segment_dispatch_s=0.0,
         issue_s=0.0,
     )
     monkeypatch.setattr(measuring, "load_or_measure", lambda *_: fast)

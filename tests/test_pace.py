@@ -61,10 +61,10 @@ def test_slowed_costs_predict_what_was_measured(
     assert slowed.step_s(*held) == pytest.approx(measured_s, rel=1e-6)
     sides = {
         "copies to the device": lambda c: c.link_s(activations, keys_values),
-        "compute": lambda c: c.compute_s(activations, keys_values + resident, recompute),
+        "compute": lambda c: c.compute_s(held[0], recompute),
     }
     if engine == "overlapped":
-        sides["dispatch"] = lambda c: c.issue_s(activations, keys_values)
+        sides["dispatch"] = lambda c: c.issue_s(held[0])
 
     def ends_s(side):
         alone = engine == "sequential" or side == "copies to the device"

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from helpers import OPT, profile
 from kvpr_jax import checkpoint, command_line, memory
+from kvpr_jax.costs import Costs, Held
 from kvpr_jax.profiling import curves, link, nvidia, timing
 from kvpr_jax.profiling import measure as measuring
 from kvpr_jax.profiling import profile as profiles
@@ -197,8 +198,9 @@ def test_a_few_copies_are_under_way_at_once(monkeypatch):
 def test_progress_reaches_its_total(small):
     calls = []
     measuring.measure(OPT, FLOAT32, 2, lambda done, total: calls.append((done, total)))
-    # A layer, the MLP, the head and segments, compiled and measured; issuing a layer and a copy; copies each way, both.
-    total = 2 * (3 + 10) + 2 + 6
+    # A layer, the MLP, the head and segments, compiled and measured; issuing a layer, one with a segment and a copy;
+    # copies each way, both.
+    total = 2 * (3 + 10) + 3 + 6
     assert calls == [(done, total) for done in range(1, total + 1)]
 
 
@@ -223,6 +225,7 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, mo
                 begin_s, token_s = costs["keys_values" if isinstance(segment, KeysValues) else recompute]
                 assert all(array.shape[:2] == (layers, 2) for array in segment.arrays.values())
                 self.run_s += layers * (begin_s + token_s * segment.tokens)
+                self.dispatch_s += layers * 1e-5
                 if layers > 1:
                     in_groups.append(segment.tokens)
 
@@ -254,17 +257,35 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, mo
     dispatch_s = 1.3e-4 + base_s / 1000
     further_s = 3e-5 + base_s / 2000 if gpu else dispatch_s
     assert (measured.dispatch_s, measured.layer_dispatch_s) == pytest.approx((dispatch_s, further_s))
+    segment_s = 1e-5 + (1e-4 + (2 if gpu else 64) * 1e-6) / 1000
+    assert measured.segment_dispatch_s == pytest.approx(segment_s)
     changes = [before != after for before, after in itertools.pairwise(events)]
     assert sum(changes) == (3 if enough_s else 1)  # compiled, measured, and those between the ends again
 
 
 def test_a_layer_takes_what_its_group_and_its_segments_do():
-    given = profile(keys_values=[(1, 1.0)], project=[(1, 2.0)], absorb=[(1, 4.0)], base_s=8.0)
-    for way, held, whole in (("project", (0, 0), 8), ("project", (1, 0), 10), ("absorb", (1, 0), 12),
-                             ("absorb", (0, 1), 9), ("project", (1, 2), 12)):  # fmt: skip
-        assert given.layer_s(way, *held, group=1) == pytest.approx(whole)
-    given = profile(base_s=8.0, further_s=4.0, keys_values=[(1, 1.0)])
-    assert [given.layer_s("project", 0, 1, group) for group in (1, 2, 4)] == [9.0, 7.0, 6.0]
+    machine = profile(
+        base_s=8.0, further_s=4.0, keys_values=[(64, 3.0), (128, 5.0)], project=[(64, 16.0)], absorb=[(64, 32.0)],
+        dispatch_s=80.0, layer_dispatch_s=40.0, segment_dispatch_s=7.0, issue_s=100.0,
+    )  # fmt: skip
+    costs = {group: Costs(OPT, 4, 2, machine, group) for group in (1, 2, 4)}
+    assert [of.compute_s(Held(0, 64), "project") for of in costs.values()] == [8 + 3, 6 + 3, 5 + 3]
+    for held, way, whole in (
+        (Held(0, 0), "project", 8), (Held(64, 0), "project", 8 + 16), (Held(64, 0), "absorb", 8 + 32),
+        (Held(64, 64), "project", 8 + 16 + 3), (Held(0, 64, resident=64), "absorb", 8 + 5),
+        (Held(0, 64, tail=64), "project", 8 + 5),
+        (Held(0, 0, tail=64), "project", 8 + 2),  # a layer without segments has such a tail: only its tokens count
+        (Held(64, 0, tail=32), "project", 8 + 16 + 1),
+        (Held(0, 64, tail=64, tail_is_activations=True), "project", 8 + 16 + 3),
+        (Held(32, 64, tail=32, tail_is_activations=True), "absorb", 8 + 32 + 3),
+    ):  # fmt: skip
+        assert costs[1].compute_s(held, way) == pytest.approx(whole)
+    for held, call, segments, copies in (
+        (Held(0, 0, tail=9), 80, 0, 0), (Held(0, 5, tail=9), 80, 1, 2), (Held(5, 0), 80, 1, 1),
+        (Held(5, 5, resident=5), 80, 3, 3), (Held(0, 0, resident=5), 80, 1, 0),
+    ):  # fmt: skip
+        assert costs[1].issue_s(held) == pytest.approx(call + 7 * segments + 100 * copies)
+        assert costs[4].issue_s(held) == pytest.approx((call + 3 * 40 + 100 * copies) / 4 + 7 * segments)
 
 
 @pytest.mark.parametrize("times, expected", [

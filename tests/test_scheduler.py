@@ -65,19 +65,20 @@ def costs_of(given, batch=32, config=OPT_6_7B, itemsize=2):
     dispatch=st.floats(1e-6, 1e-3),
     issue_copy=st.floats(1e-6, 1e-3),
     further=st.floats(1e-6, 1e-3),
+    segment=st.floats(1e-6, 1e-3),
     recompute=st.sampled_from(["auto", "project", "absorb"]),
     engine=st.sampled_from(["overlapped", "sequential"]),
 )
 def test_the_plan_is_the_best_of_those_that_fit(
-    batch, prompt, new, device_gib, host_gib, small, keys_values, project, absorb, dispatch, further, issue_copy,
-    recompute, engine,
+    batch, prompt, new, device_gib, host_gib, small, keys_values, project, absorb, dispatch, further, segment,
+    issue_copy, recompute, engine,
 ):  # fmt: skip
     """Against every split, with the cost model and the bytes of the design page written out again."""
     bandwidth = small / 5e-5  # so many bytes and fewer take 50 µs
     machine = profile(
         to_device=[(2**10, 5e-5), (small, 5e-5), (2**30, 2**30 / bandwidth)],
         keys_values=[(1, keys_values)], project=[(1, project)], absorb=[(1, absorb)],
-        further_s=6e-5, dispatch_s=dispatch, layer_dispatch_s=further, issue_s=issue_copy,
+        further_s=6e-5, dispatch_s=dispatch, layer_dispatch_s=further, segment_dispatch_s=segment, issue_s=issue_copy,
     )  # fmt: skip
     request = Request(
         recompute=recompute, engine=engine, device_cache_gib=device_gib, host_cache_gib=host_gib, tail_tokens=64
@@ -95,6 +96,7 @@ def test_the_plan_is_the_best_of_those_that_fit(
         compute += split * form + (tokens - split + resident + tail) * keys_values  # the tail stays
         link = sum(max(5e-5, together * batch * numbers * 2 / bandwidth) for numbers in arrays) / together
         issue = (dispatch + (together - 1) * further + len(arrays) * issue_copy) / together
+        issue += ((split > 0) + (split < tokens) + (resident > 0)) * segment
         if engine == "sequential":
             return 32 * (link + compute) + 1e-3
         return max(32 * link, 32 * compute + 1e-3, 32 * issue + 1e-3)

@@ -22,7 +22,8 @@ CONFIG = settings.shape(MODEL, 2)
 NBYTES = 2 * CONFIG.activation_width * 4  # of a token in both sequences
 SLOW = profile(
     to_device=[(NBYTES, 1.5e-4), (256 * NBYTES, 256 * 1.5e-4)], base_s=0.0, project=[(1, 2.4e-4)],
-    keys_values=[(1, 1e-6)], absorb=[(1, 1e-6)], head_s=1e-3, dispatch_s=0.0, layer_dispatch_s=0.0, issue_s=0.0,
+    keys_values=[(1, 1e-6)], absorb=[(1, 1e-6)], head_s=1e-3, dispatch_s=0.0, layer_dispatch_s=0.0,
+    segment_dispatch_s=0.0, issue_s=0.0,
 )  # fmt: skip
 
 
