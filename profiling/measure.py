@@ -31,7 +31,7 @@ PROBE_TOKENS, PROBE_TOKENS_ON_CPU = 16384, 512  # over the batch: tokens in the 
 PROBE_TAIL = 16  # slots in the tail of the steps measured: it costs as much as another segment
 PROBE_SLOT = 2**20  # the first of these, behind any segment
 SEVERAL = 4  # layers of a call on a GPU, as they go in groups, where a segment of all of them has no more than
-SHORT_BYTES = 2**27  # so many bytes as keys and values
+SHORT_BYTES = 2**30  # so many bytes as keys and values
 CALLS = 8  # dispatched together, as the engine does, at least
 SHORT_S = 0.01  # of those, at least
 LONG_S = 0.1  # more is measured by single calls, so that a slow machine is done in seconds too
@@ -39,9 +39,9 @@ ENOUGH_S = 12.0  # then no further segments, and in the ways that no plan asks f
 COMPILERS = 4  # threads: more of them gain little, since Python and what tries products on a GPU go one at a time
 # Segments measured, by how many times as few tokens they have as the longest ones. Those and, on a GPU, the shortest,
 # which tell what any segment takes, are needed; the others come in this order. Projecting is no line: each length gets
-# the matrix product that suits it.
-ENDS = (1, 32)
-SEGMENTS = (*itertools.product(FORMS, ENDS), ("project", 4), ("project", 8), ("project", 2), ("absorb", 4))
+# the matrix product that suits it, and on a GPU a length between is needed too.
+ENDS, BETWEEN = (1, 32), ("project", 4)
+SEGMENTS = (*itertools.product(FORMS, ENDS), BETWEEN, ("project", 8), ("project", 2), ("absorb", 4))
 
 Calls = Callable[[int], Any]  # issues the same so many times, and returns what to wait for
 
@@ -98,7 +98,8 @@ def measure(
     measurements: dict[Any, Callable[[], float]] = {name: functools.partial(_run_s, of) for name, of in calls.items()}
     measurements |= {("dispatch", name): functools.partial(dispatch, name) for name in issued}
     measurements["issue"] = link.issue_s
-    needed = {*measurements} - {(form, tokens // times) for form, times in SEGMENTS if times not in ends}
+    optional = [of for of in SEGMENTS if of[1] not in ends and (on_cpu or of != BETWEEN)]
+    needed = {*measurements} - {(form, tokens // times) for form, times in optional}
     for way in get_args(link.Way):
         sizes = link.sizes(way)
         measurements |= {(way, size): functools.partial(link.copy_s, way, size) for size in sizes}
@@ -272,5 +273,5 @@ def _run_s(calls: Calls) -> float:
 
 def _dispatch_s(calls: Calls, run_s: float) -> float:
     """Seconds that the host needs to issue a call which takes `run_s` on the device."""
-    count, trials = (CALLS, 5) if CALLS * run_s < LONG_S else (1, 1)
+    count, trials = (CALLS, 9) if CALLS * run_s < LONG_S else (1, 1)
     return issued_s(lambda: calls(count), trials) / count

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from helpers import OPT, assert_close, random_model
 from kvpr_jax import memory
@@ -28,7 +29,7 @@ def test_pytorch_computes_the_same_layer(split, recompute):
     from kvpr_jax.profiling import cuda_streams
 
     decoder = Decoder(random_model(OPT))
-    params = decoder.params[0]
+    params = nnx.to_pure_dict(nnx.state(decoder.layer.module(decoder.params[0])))
     rng = np.random.default_rng(0)
     heads, width = OPT.num_heads, OPT.head_dim
     x, h = (rng.normal(size=(BATCH, n, OPT.hidden_size)).astype(np.float32) for n in (split, 1))

@@ -209,9 +209,10 @@ def test_progress_reaches_its_total(small):
     (0.0, False, 2**30),
 ])  # fmt: skip
 def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, monkeypatch):
-    """Those between the ends where there is time for them, on a CPU all but the longest; in calls of several layers
-    where these go in groups: on a GPU, where so few tokens of all of them have few bytes. Of those that are needed, and
-    of the others, all are compiled before any is measured."""
+    """Those between the ends where there is time for them (on a CPU all but the longest, on a GPU not one that is
+    projected, which is measured in any case); in calls of several layers where these go in groups: on a GPU, where
+    so few tokens of all of them have few bytes. Of those that are needed, and of the others, all are compiled
+    before any is measured."""
     costs = {"keys_values": (1e-4, 1e-6), "project": (0.0, 5e-6), "absorb": (-2.0, 2e-6)}
     base_s, events, in_groups = 5e-4, [], []
 
@@ -246,7 +247,8 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, mo
     measured = measuring.measure(OPT, FLOAT32, 2)
     all_lengths = {"project": [2, 8, 16, 32, 64], "absorb": [2, 16, 64], "keys_values": [2, 64]}
     for form, (begin_s, token_s) in costs.items():
-        lengths = all_lengths[form] if enough_s else [2, 64] if gpu else [64]
+        few = {"project": [2, 16, 64]}.get(form, [2, 64]) if gpu else [64]
+        lengths = all_lengths[form] if enough_s else few
         curve = getattr(measured, form)
         assert [tokens for tokens, _ in curve] == lengths
         assert [seconds for _, seconds in curve] == pytest.approx([max(0.0, begin_s + n * token_s) for n in lengths])
@@ -326,9 +328,9 @@ def test_of_short_steps_counts_what_each_adds_to_others(call_s, calls, monkeypat
     assert measuring._run_s(asked.append) == pytest.approx(call_s / 2) and asked == [1, calls, 2 * calls]
 
 
-def test_issuing_takes_the_least_of_its_trials():
-    pauses = iter([0.2, 0.0, 0.2])
-    assert timing.issued_s(lambda: time.sleep(next(pauses)), trials=3) < 0.1
+def test_issuing_takes_the_median_of_its_trials():
+    pauses = iter([0.3, 0.0, 0.1])
+    assert 0.1 <= timing.issued_s(lambda: time.sleep(next(pauses)), trials=3) < 0.2
 
 
 def test_what_takes_too_long_is_left_out(small, monkeypatch):
