@@ -11,8 +11,9 @@ and the host issues both:
 since the window reaches over the ends of steps, and a short step is issued before the host has read the tokens of the
 one before it; a long one waits for that, which takes next to nothing of it.
 
-A form's tokens count as one segment and one copy, or two, however many they are in: merging keeps those few. A layer
-without segments has a tail of keys and values already, so that those tokens add no more than they do to a segment.
+A form's tokens count as one segment and one copy, or two, however many they are in: merging keeps those few. The layer
+that is measured without any has a tail of keys and values, so the tokens of such a tail add what they add to a segment,
+and not what any segment takes; a tail of activations counts with the segment of its form.
 `two_phase_step_s` is the cost model of the paper (arXiv 2411.17089, equations 8 to 11), kept for comparison.
 """
 
@@ -97,7 +98,8 @@ class Costs:
     def issue_s(self, held: Held) -> float:
         """One layer's share of what the host needs to issue its group's step and copies."""
         copies = len(self.arrays_bytes(held.activations, held.keys_values))
-        segments = sum(map(bool, (held.activations, held.keys_values, held.resident)))
+        smaller = held.tail if held.tail_is_activations else 0
+        segments = bool(held.activations + smaller) + bool(held.keys_values + held.resident)
         call_s = self.profile.dispatch_s + (self.group - 1) * self.profile.layer_dispatch_s
         return (call_s + copies * self.profile.issue_s) / self.group + segments * self.profile.segment_dispatch_s
 

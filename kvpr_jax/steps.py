@@ -42,37 +42,40 @@ class Definition:
 
     Args:
         graphdef: of the module.
-        shapes: of its vectors.
+        vectors: their shapes and types, by which `unravel` does the same for all modules that are equal otherwise.
         unravel: makes them of one array again.
     """
 
     def __init__(
-        self, graphdef: nnx.GraphDef, shapes: tuple[tuple[int, ...], ...], unravel: Callable[[Array], Params]
+        self, graphdef: nnx.GraphDef, vectors: tuple[tuple[Any, Any], ...], unravel: Callable[[Array], Params]
     ) -> None:
-        self.key, self.unravel = (graphdef, shapes), unravel
-        self._hash = hash(self.key)
+        self.graphdef, self.vectors, self.unravel = graphdef, vectors, unravel
+        self._hash = hash((graphdef, vectors))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Definition) and self.key == other.key)
+        if self is other or not isinstance(other, Definition):
+            return self is other
+        return (self.graphdef, self.vectors) == (other.graphdef, other.vectors)
 
     def module(self, params: Params) -> Any:
         """The module with these parameters."""
-        return nnx.merge(self.key[0], self.unravel(params["vectors"]), params["others"])
+        return nnx.merge(self.graphdef, self.unravel(params["vectors"]), params["others"])
 
 
 def split_module(module: nnx.Module) -> tuple[Definition, Params]:
     """A module's static definition and its parameters, on the device: its vectors (biases, norms) as one array.
 
-    Each array of a call costs the host 2 us; OPT's layers have ten vectors, and a short step has no time to spare.
+    The host needs longer the more arrays a call has, and in a short step it has no time to spare: OPT's layers have ten
+    vectors.
     """
     graphdef, vectors, others = nnx.split(module, lambda path, variable: variable.ndim == 1, ...)
     vectors = nnx.to_pure_dict(vectors)
     raveled, unravel = ravel_pytree(vectors)
-    definition = Definition(graphdef, tuple(leaf.shape for leaf in jax.tree.leaves(vectors)), unravel)
-    return definition, memory.placed({"others": nnx.to_pure_dict(others), "vectors": raveled})
+    kinds = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(vectors))
+    return Definition(graphdef, kinds, unravel), memory.placed({"others": nnx.to_pure_dict(others), "vectors": raveled})
 
 
 def _precision(array: Array) -> contextlib.AbstractContextManager[Any]:
@@ -88,7 +91,7 @@ def embed(
 ) -> tuple[Float[Array, "B Q D"], Int[Array, " 1"]]:
     """Hidden states of tokens at `place`, and the slot behind them, which so never has to be uploaded."""
     embedder = definition.module(params)
-    with _precision(jax.tree.leaves(params)[0]):
+    with _precision(jax.tree.leaves(params["others"])[0]):
         return embedder.encode(tokens, place), place.slots[-1:] + 1
 
 

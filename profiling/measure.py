@@ -28,10 +28,11 @@ from kvpr_jax.sampling import Sampling, prompt_keys
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
 PROBE_TOKENS, PROBE_TOKENS_ON_CPU = 16384, 512  # over the batch: tokens in the longest segment that is measured
-PROBE_TAIL = 16  # slots in the tail of the steps measured: it costs as much as another segment
+PROBE_TAIL = 16  # slots in the tail of the steps measured, which take the time of another short segment for it
 PROBE_SLOT = 2**20  # the first of these, behind any segment
 SEVERAL = 4  # layers of a call on a GPU, as they go in groups, where a segment of all of them has no more than
-SHORT_BYTES = 2**30  # so many bytes as keys and values
+SHORT_BYTES = 2**30  # so many bytes in any form
+SHORT_SHARE = 16  # and one part in so many of the device's free memory: all segments together take a few times as much
 CALLS = 8  # dispatched together, as the engine does, at least
 SHORT_S = 0.01  # of those, at least
 LONG_S = 0.1  # more is measured by single calls, so that a slow machine is done in seconds too
@@ -78,9 +79,10 @@ def measure(
     probe, several, turns = (PROBE_TOKENS_ON_CPU, 1, 1) if on_cpu else (PROBE_TOKENS, SEVERAL, 2)
     tokens = max(32, min(probe // batch, 2048))
     model = _some(abstract(dataclasses.replace(config, num_layers=turns), dtype))
-    token_bytes = several * batch * config.kv_width * jnp.dtype(dtype).itemsize
+    token_bytes = several * batch * max(config.kv_width, config.activation_width) * jnp.dtype(dtype).itemsize
+    short_bytes = min(SHORT_BYTES, memory.free_device_bytes() // SHORT_SHARE)
     forms = [(form, tokens // times) for form, times in SEGMENTS]
-    layers = {count: several if count * token_bytes <= SHORT_BYTES else 1 for _, count in forms}  # of a call
+    layers = {count: several if count * token_bytes <= short_bytes else 1 for _, count in forms}  # of a call
     segments = _segments(model, batch, {(FORMS[form][0], count): layers[count] for form, count in forms})
     calls: dict[Any, Calls] = {("layers", count): _layers(model, batch, layers=count) for count in {1, several}}
     calls |= {"mlp": _mlp(model, batch), "head": _head(model, batch)}
@@ -132,7 +134,9 @@ def measure(
             next_one()
 
     base_s, together = measured["layers", 1], layers[shortest[1]]
-    dispatch_s = min(measured["dispatch", ("layers", 1)], base_s)
+    dispatch_s = measured["dispatch", ("layers", 1)]
+    if on_cpu:  # where a call may return when it is done
+        dispatch_s = min(dispatch_s, base_s)
     segments_s = measured["dispatch", shortest] - measured["dispatch", ("layers", together)]
 
     def further(several_s: float, one_s: float) -> float:

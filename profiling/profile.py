@@ -18,7 +18,7 @@ from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling import curves, link, nvidia
 from kvpr_jax.profiling.curves import Curve
 
-VERSION = 10  # of the file's meaning
+VERSION = 11  # of the file's meaning
 FORMS: dict[str, tuple[str, Recompute]] = {  # by their curves: how a segment is held, and what is done with it
     "keys_values": ("keys_values", "project"),
     "project": ("activations", "project"),
@@ -40,7 +40,7 @@ class Profile:
         keys_values, project, absorb: (tokens, seconds) that a segment of the cache adds to it in each form, by length.
         head_s: embedding, logits and sampling of a step, of many in a row.
         dispatch_s, layer_dispatch_s: what the host needs to issue a layer step, and each further layer in one call.
-        segment_dispatch_s: what it needs more for each segment of a layer's cache.
+        segment_dispatch_s: what it needs more for each segment of a layer's cache; measured as keys and values.
         issue_s: what it needs to issue one of several copies.
         compile_s: tracing and compiling a call of a few layers, or of one on a CPU, beside other functions.
     """
@@ -73,9 +73,10 @@ class Profile:
     def segment_s(self, form: str, tokens: int, tail: int = 0) -> float:
         """Seconds that a segment of so many tokens (0: none) adds to a layer in this form, and so many of its tail."""
         curve = getattr(self, form)
-        seconds = curves.of_segment(curve, tokens) if tokens else 0.0
-        beside = tokens or curve[0][0]
-        return seconds + curves.of_segment(curve, beside + tail) - curves.of_segment(curve, beside)
+        if tokens:
+            return curves.of_segment(curve, tokens + tail)
+        shortest, _ = min(curve)
+        return curves.of_segment(curve, shortest + tail) - curves.of_segment(curve, shortest)
 
 
 def machine(config: ModelConfig, dtype: jnp.dtype, batch: int) -> dict[str, str]:

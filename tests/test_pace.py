@@ -43,6 +43,8 @@ def test_fast_steps_may_be_those_of_a_slow_reader():
     activations=st.integers(0, 2000),
     keys_values=st.integers(1, 2000),
     resident=st.integers(0, 2000),
+    tail=st.integers(0, 256),
+    smaller=st.booleans(),
     bandwidth=st.floats(1e6, 1e12),
     dispatch_s=st.floats(0.0, 1e-3),
     times=st.floats(1.25, 40.0),
@@ -51,11 +53,15 @@ def test_fast_steps_may_be_those_of_a_slow_reader():
     group=st.sampled_from([1, 3]),
 )
 def test_slowed_costs_predict_what_was_measured(
-    activations, keys_values, resident, bandwidth, dispatch_s, times, recompute, engine, group
+    activations, keys_values, resident, tail, smaller, bandwidth, dispatch_s, times, recompute, engine, group
 ):
-    machine = profile(to_device=[(1, 1 / bandwidth), (2**24, 2**24 / bandwidth)], dispatch_s=dispatch_s)
+    machine = profile(
+        to_device=[(1, 1 / bandwidth), (2**24, 2**24 / bandwidth)], dispatch_s=dispatch_s,
+        keys_values=[(16, 1e-5), (512, 6e-5)], absorb=[(16, 5e-5), (512, 1e-4)],
+    )  # fmt: skip
     machine = dataclasses.replace(machine, layer_dispatch_s=dispatch_s / 3, further_s=machine.base_s / 2)
-    costs, held = Costs(OPT, 4, 500, machine, group), (Held(activations, keys_values, resident), recompute, engine)
+    costs = Costs(OPT, 4, 500, machine, group)
+    held = Held(activations, keys_values, resident, tail, smaller), recompute, engine
     measured_s = times * costs.step_s(*held)
     slowed, blamed = costs.slowed(*held, step_s=measured_s)
     assert slowed.step_s(*held) == pytest.approx(measured_s, rel=1e-6)

@@ -204,11 +204,12 @@ def test_progress_reaches_its_total(small):
     assert calls == [(done, total) for done in range(1, total + 1)]
 
 
-@pytest.mark.parametrize("enough_s, gpu, several_bytes", [
-    (60.0, True, 2**30), (60.0, True, 4 * 2 * 88 * 4 * 16), (60.0, False, 2**30), (0.0, True, 2**30),
-    (0.0, False, 2**30),
+@pytest.mark.parametrize("enough_s, gpu, several_bytes, host", [
+    (60.0, True, 2**30, 1), (60.0, True, 4 * 2 * 88 * 4 * 16, 1), (60.0, False, 2**30, 1), (0.0, True, 2**30, 10),
+    (0.0, False, 2**30, 10),
 ])  # fmt: skip
-def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, monkeypatch):
+@pytest.mark.parametrize("limit", ["in all", "of what is free"])
+def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, host, limit, monkeypatch):
     """Those between the ends where there is time for them (on a CPU all but the longest, on a GPU not one that is
     projected, which is measured in any case); in calls of several layers where these go in groups: on a GPU, where
     so few tokens of all of them have few bytes. Of those that are needed, and of the others, all are compiled
@@ -220,7 +221,7 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, mo
         def __init__(self, model, batch, segments=(), recompute="project", layers=1):
             self.run_s = base_s + (layers - 1) * base_s / 2
             self.first_s = 2.0 + self.run_s
-            self.dispatch_s = 1e-4 + 3e-5 * layers
+            self.dispatch_s = host * (1e-4 + 3e-5 * layers)
             if segments:
                 (segment,) = segments
                 begin_s, token_s = costs["keys_values" if isinstance(segment, KeysValues) else recompute]
@@ -235,7 +236,9 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, mo
         return calls.first_s
 
     monkeypatch.setattr(measuring, "ENOUGH_S", enough_s)
-    monkeypatch.setattr(measuring, "SHORT_BYTES", several_bytes)
+    monkeypatch.setattr(measuring, "SHORT_BYTES", several_bytes if limit == "in all" else 2**40)
+    free = measuring.SHORT_SHARE * several_bytes if limit == "of what is free" else 2**60
+    monkeypatch.setattr(measuring.memory, "free_device_bytes", lambda: free)
     monkeypatch.setattr(measuring, "PROBE_TOKENS", 128)
     monkeypatch.setattr(measuring.memory, "device_memory_is_host_memory", lambda: not gpu)
     monkeypatch.setattr(measuring, "_layers", Calls)
@@ -256,8 +259,9 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, mo
     assert set(in_groups) == grouped
     assert (measured.compile_s, measured.base_s) == (pytest.approx(2.0), base_s)
     assert measured.further_s == pytest.approx(base_s / 2 if gpu else base_s)
-    dispatch_s = 1.3e-4 + base_s / 1000
-    further_s = 3e-5 + base_s / 2000 if gpu else dispatch_s
+    dispatch_s = 1.3e-4 * host + base_s / 1000  # on a CPU, where calls may return when they are done, a step at most
+    further_s = 3e-5 * host + base_s / 2000 if gpu else min(dispatch_s, base_s)
+    dispatch_s = dispatch_s if gpu else min(dispatch_s, base_s)
     assert (measured.dispatch_s, measured.layer_dispatch_s) == pytest.approx((dispatch_s, further_s))
     segment_s = 1e-5 + (1e-4 + (2 if gpu else 64) * 1e-6) / 1000
     assert measured.segment_dispatch_s == pytest.approx(segment_s)
@@ -284,7 +288,8 @@ def test_a_layer_takes_what_its_group_and_its_segments_do():
         assert costs[1].compute_s(held, way) == pytest.approx(whole)
     for held, call, segments, copies in (
         (Held(0, 0, tail=9), 80, 0, 0), (Held(0, 5, tail=9), 80, 1, 2), (Held(5, 0), 80, 1, 1),
-        (Held(5, 5, resident=5), 80, 3, 3), (Held(0, 0, resident=5), 80, 1, 0),
+        (Held(5, 5, resident=5), 80, 2, 3), (Held(0, 0, resident=5), 80, 1, 0),
+        (Held(0, 5, tail=9, tail_is_activations=True), 80, 2, 2),
     ):  # fmt: skip
         assert costs[1].issue_s(held) == pytest.approx(call + 7 * segments + 100 * copies)
         assert costs[4].issue_s(held) == pytest.approx((call + 3 * 40 + 100 * copies) / 4 + 7 * segments)

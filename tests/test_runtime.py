@@ -283,6 +283,12 @@ def test_a_module_is_split_into_few_arrays_and_put_together_again(config):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(definition.module(params)), drawn)
 
 
+def test_alike_modules_have_one_definition():
+    model = random_model(OPT)
+    (first, _), (second, _), (embedder, _) = map(steps.split_module, (*model.layers[:2], model.embedder))
+    assert first == second and hash(first) == hash(second) and first != embedder
+
+
 @pytest.mark.parametrize("config, module", [(OPT, opt), (LLAMA, llama)], ids=["opt", "llama"])
 def test_a_decode_layers_is_traced_once_per_shape(config, module, monkeypatch):
     """Not once per layer, per token, per prompt content or per temperature."""

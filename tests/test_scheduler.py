@@ -96,7 +96,7 @@ def test_the_plan_is_the_best_of_those_that_fit(
         compute += split * form + (tokens - split + resident + tail) * keys_values  # the tail stays
         link = sum(max(5e-5, together * batch * numbers * 2 / bandwidth) for numbers in arrays) / together
         issue = (dispatch + (together - 1) * further + len(arrays) * issue_copy) / together
-        issue += ((split > 0) + (split < tokens) + (resident > 0)) * segment
+        issue += ((split > 0) + (split < tokens or resident > 0)) * segment
         if engine == "sequential":
             return 32 * (link + compute) + 1e-3
         return max(32 * link, 32 * compute + 1e-3, 32 * issue + 1e-3)
