@@ -153,6 +153,7 @@ def test_a_step_is_predicted_with_its_tail_in_its_own_form(split):
     cache = new_cache(split)
     held = Held(split, PROMPT - split, tail=TAIL, tail_is_activations=bool(split))
     assert cache.predicted_step_s == cache.plan.step_s(held) != cache.plan.step_s(Held(split, PROMPT - split))
+    assert cache.plan.predicted_step_s == cache.predicted_step_s
     given = cache.plan.costs.profile
     ((_, each_s),) = given.project if split else given.keys_values
     link_s = cache.plan.costs.link_s(split, PROMPT - split)
