@@ -52,6 +52,16 @@ class Held:
     tail: int = 0
     tail_is_activations: bool = False
 
+    @property
+    def as_activations(self) -> int:
+        """Tokens of the segment that counts as activations: with a tail of them."""
+        return self.activations + (self.tail if self.tail_is_activations else 0)
+
+    @property
+    def as_keys_values(self) -> int:
+        """Tokens of the segment that counts as keys and values: without the tail, which a layer has anyway."""
+        return self.keys_values + self.resident
+
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
@@ -88,18 +98,17 @@ class Costs:
 
     def compute_s(self, held: Held, recompute: Recompute) -> float:
         """One layer's share of its group's step, wherever the tokens are held."""
-        smaller = held.tail if held.tail_is_activations else 0
+        tail = 0 if held.tail_is_activations else held.tail
         return (
             self.profile.layer_s(self.group)
-            + self.profile.segment_s(recompute, held.activations + smaller)
-            + self.profile.segment_s("keys_values", held.keys_values + held.resident, held.tail - smaller)
+            + self.profile.segment_s(recompute, held.as_activations)
+            + self.profile.segment_s("keys_values", held.as_keys_values, tail)
         )
 
     def issue_s(self, held: Held) -> float:
         """One layer's share of what the host needs to issue its group's step and copies."""
         copies = len(self.arrays_bytes(held.activations, held.keys_values))
-        smaller = held.tail if held.tail_is_activations else 0
-        segments = bool(held.activations + smaller) + bool(held.keys_values + held.resident)
+        segments = bool(held.as_activations) + bool(held.as_keys_values)
         call_s = self.profile.dispatch_s + (self.group - 1) * self.profile.layer_dispatch_s
         return (call_s + copies * self.profile.issue_s) / self.group + segments * self.profile.segment_dispatch_s
 

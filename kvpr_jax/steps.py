@@ -56,9 +56,9 @@ class Definition:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        if self is other or not isinstance(other, Definition):
-            return self is other
-        return (self.graphdef, self.vectors) == (other.graphdef, other.vectors)
+        return self is other or (
+            isinstance(other, Definition) and self.vectors == other.vectors and self.graphdef == other.graphdef
+        )
 
     def module(self, params: Params) -> Any:
         """The module with these parameters."""

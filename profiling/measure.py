@@ -277,5 +277,6 @@ def _run_s(calls: Calls) -> float:
 
 def _dispatch_s(calls: Calls, run_s: float) -> float:
     """Seconds that the host needs to issue a call which takes `run_s` on the device."""
-    count, trials = (CALLS, 9) if CALLS * run_s < LONG_S else (1, 1)
-    return issued_s(lambda: calls(count), trials) / count
+    if CALLS * run_s >= LONG_S:
+        return issued_s(lambda: calls(1), trials=1)
+    return issued_s(lambda: calls(CALLS)) / CALLS
