@@ -45,6 +45,7 @@ class Cache:
         start: (B,) first slot of each sequence that is not padding, or None.
         place: where the next token stands, on the device: slot `length`, and `start`.
         tails: for each group, its tail of `plan.tail_tokens` slots.
+        functions: by which each group is decoded until the next flush; empty until they are chosen.
         engine: carries out its decode steps; chosen by what they move.
         bytes_per_step: bytes that cross the link in a step: all segments on the host.
         predicted_step_s: how long a step should take until the next flush.
@@ -63,6 +64,7 @@ class Cache:
     start: dataclasses.InitVar[Int[Array, " B"] | None]
     place: Place = dataclasses.field(init=False)
     tails: list[Segment] = dataclasses.field(init=False)
+    functions: list[steps.DecodeLayers] = dataclasses.field(init=False)
     engine: Sequential | Overlapped = dataclasses.field(init=False)
     bytes_per_step: int = dataclasses.field(init=False)
     predicted_step_s: float = dataclasses.field(init=False)
@@ -159,7 +161,7 @@ class Cache:
 
     def _new_tails(self) -> None:
         """Empty tails from slot `length` on, in the form that they are to be held in."""
-        self._tail_start = self.length
+        self._tail_start, self.functions = self.length, []
         group_bytes = memory.host_bytes(self.groups[0])
         self.bytes_per_step = group_bytes * len(self.groups)
         self.engine = engine_for(self.plan.engine, group_bytes)

@@ -1,4 +1,6 @@
-"""Compilation beside decoding: in a thread of its own before a step needs it, and counted where a step did not wait."""
+"""Compilation beside decoding: in a thread of its own before a step needs it, and counted where a step did not wait;
+and several of one compiled function.
+"""
 
 import collections
 import sys
@@ -8,6 +10,8 @@ from concurrent import futures
 from typing import Any
 
 import jax
+from jax.experimental import serialize_executable
+from jax.stages import Compiled
 
 GIVE_WAY_S = 2e-4  # after which tracing hands Python to a decode step; by default 5 ms, many times a step
 
@@ -48,3 +52,19 @@ def _giving_way(function: Callable[..., None], *arguments: Any) -> None:
         function(*arguments)
     finally:
         sys.setswitchinterval(before)
+
+
+def graphs() -> bool:
+    """Whether XLA runs the kernels of a compiled function as a CUDA graph."""
+    return jax.default_backend() == "gpu"
+
+
+def copies(function: Compiled, count: int) -> list[Compiled]:
+    """So many of a function, itself the first. Loading one takes a tenth of the time to compile it.
+
+    A function's CUDA graph is updated where it is called with other arrays than before, for which the host needs about
+    as long as for all else. A function that is always called with the same weights needs less of it.
+    """
+    stored, devices = serialize_executable.serialize(function), jax.local_devices()[:1]
+    load = serialize_executable.deserialize_and_load
+    return [function, *(load(*stored, execution_devices=devices) for _ in range(count - 1))]

@@ -1,5 +1,6 @@
 """Carries a plan out: prefill a batch of prompts into a cache, then step it token by token."""
 
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from kvpr_jax.profiling.profile import Profile
 from kvpr_jax.segments import LAYERS, SEQUENCES, TOKENS, Place, Segment
 
 UNLIMITED = 2**62  # bytes
+OWN_FUNCTIONS = 12  # groups at most that are decoded by a function each: with more, each is small or copied for long
 PREPARE_AT = 1 / 16  # of the tail written: runs that end early compile nothing in vain, others are ready in time
 
 
@@ -40,6 +42,7 @@ class Decoder:
         layers = [steps.split_module(layer) for layer in model.layers]
         self.layer, self.params = layers[0][0], [params for _, params in layers]
         self.compiled: set[tuple[Any, ...]] = set()  # `Plan.step_shape` of plans that have been stepped
+        self._ready: dict[Any, list[steps.DecodeLayers]] = {}  # for each group, by the shapes they are compiled for
 
     def plan(self, prompts: Sequence[Sequence[int]], new_tokens: int, request: Request = Request()) -> Plan:
         """The plan for a batch of tokenized prompts on this machine.
@@ -112,18 +115,21 @@ class Decoder:
         cache = Cache(self.config, self.dtype, plan, groups, plan.cached_tokens, start)
         return cache, jnp.concatenate(logits)
 
-    def compute(self, tails: list[Segment], place: Place, recompute: Recompute) -> engines.Compute:
-        """What an engine calls to compute a group for a token at `place`, which it writes into the group's tail."""
+    def compute(self, tails: list[Segment], place: Place, functions: Sequence[steps.DecodeLayers]) -> engines.Compute:
+        """What an engine calls to compute a group, by its function, for a token at `place`, which it writes into the
+        group's tail."""
         layers = len(self.params) // len(tails)
 
         def group_step(group: int, h: Array, segments: tuple[Segment, ...]) -> Array:
             params = tuple(self.params[group * layers : (group + 1) * layers])
-            h, tails[group] = steps.decode_layers(
-                self.layer, params, h, segments, tails[group], place, recompute=recompute
-            )
+            h, tails[group] = functions[group](params, h, segments, tails[group], place)
             return h
 
         return group_step
+
+    def shared(self, recompute: Recompute) -> steps.DecodeLayers:
+        """One function that decodes any group."""
+        return functools.partial(steps.decode_layers, self.layer, recompute=recompute)
 
     def step(self, cache: Cache, tokens: Int[Array, " B"]) -> Float[Array, "B V"]:
         """Append one token to each sequence and return the logits after it.
@@ -145,7 +151,9 @@ class Decoder:
         cache.length += 1
         if cache.written == math.ceil(cache.plan.tail_tokens * PREPARE_AT) and cache.flushes < cache.plan.flushes:
             cache.preparing = compiling.ahead(self._prepare, cache, memory.described(h))
-        compute = self.compute(cache.tails, place, cache.plan.recompute)
+        if not cache.functions:
+            cache.functions = self._functions(cache, memory.described(h), cache.groups[0], cache.tails[0])
+        compute = self.compute(cache.tails, place, cache.functions)
         h = cache.engine.step(len(cache.groups), cache, compute, h, more=not cache.full)
         logits = steps.logits(*self.embedder, h)
         if cache.length == cache.plan.cached_tokens + 1:  # the first step
@@ -166,12 +174,28 @@ class Decoder:
             merging.compile()
             return merging.out_info
 
-        segments, tail = cache.after_flush(join)
-        steps.decode_layers.lower(
-            self.layer, (memory.described(self.params[0]),) * cache.plan.group, h,
-            memory.described(segments, host=False), tail, memory.described(cache.place),
-            recompute=cache.plan.recompute,
-        ).compile()  # fmt: skip
+        self._functions(cache, h, *cache.after_flush(join))
+
+    def _functions(
+        self, cache: Cache, h: Any, segments: tuple[Segment, ...], tail: Segment
+    ) -> list[steps.DecodeLayers]:
+        """What decodes each group of a cache, compiled: a function each where they are few, or one for all.
+
+        Args:
+            h, segments, tail: shapes and places of what it is called with.
+        """
+        groups, recompute = self.config.num_layers // cache.plan.group, cache.plan.recompute
+        shapes = (
+            (memory.described(self.params[0]),) * cache.plan.group, h,
+            memory.described(segments, host=False), memory.described(tail), memory.described(cache.place),
+        )  # fmt: skip
+        leaves, structure = jax.tree.flatten(shapes)
+        key = recompute, structure, *leaves
+        if key not in self._ready:
+            compiled = steps.decode_layers.lower(self.layer, *shapes, recompute=recompute).compile()
+            own = compiling.graphs() and groups <= OWN_FUNCTIONS
+            self._ready[key] = compiling.copies(compiled, groups) if own else [self.shared(recompute)] * groups
+        return self._ready[key]
 
 
 def read_tokens(

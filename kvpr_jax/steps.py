@@ -35,6 +35,7 @@ from kvpr_jax.sampling import Choice, Sampling, sample_tokens
 from kvpr_jax.segments import TOKENS, Place, Segment, of_layer, stacked
 
 Params = dict[str, Any]
+DecodeLayers = Callable[..., tuple[Array, Segment]]  # `decode_layers` for one definition and way to recompute
 
 
 class Definition:

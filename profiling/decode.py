@@ -79,7 +79,6 @@ def shortened(decoder: Decoder, plan: Plan) -> Decoder:
     """The same model with one group of layers: it compiles all that the whole model needs, for they are alike."""
     short = copy.copy(decoder)
     short.params = decoder.params[: plan.group]
-    short.config = dataclasses.replace(decoder.config, num_layers=plan.group)
     return short
 
 

@@ -7,7 +7,7 @@ import gc
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any, get_args
 
@@ -76,22 +76,23 @@ def measure(
     """
     begin, compiled_s, measured = time.perf_counter(), dict[Any, float](), dict[Any, float]()
     on_cpu = memory.device_memory_is_host_memory()
-    probe, several, turns = (PROBE_TOKENS_ON_CPU, 1, 1) if on_cpu else (PROBE_TOKENS, SEVERAL, 2)
+    probe, several, different = (PROBE_TOKENS_ON_CPU, 1, 1) if on_cpu else (PROBE_TOKENS, SEVERAL, 2)
     tokens = max(32, min(probe // batch, 2048))
-    model = _some(abstract(dataclasses.replace(config, num_layers=turns), dtype))
+    model = _some(abstract(dataclasses.replace(config, num_layers=different), dtype))
     token_bytes = several * batch * max(config.kv_width, config.activation_width) * jnp.dtype(dtype).itemsize
     short_bytes = min(SHORT_BYTES, memory.free_device_bytes() // SHORT_SHARE)
     forms = [(form, tokens // times) for form, times in SEGMENTS]
     layers = {count: several if count * token_bytes <= short_bytes else 1 for _, count in forms}  # of a call
+    ends = ENDS[:1] if on_cpu else ENDS
+    shortest = "keys_values", tokens // ends[-1]
     segments = _segments(model, batch, {(FORMS[form][0], count): layers[count] for form, count in forms})
+    segments[shortest].append(jax.tree.map(jnp.copy, *segments[shortest]))
     calls: dict[Any, Calls] = {("layers", count): _layers(model, batch, layers=count) for count in {1, several}}
     calls |= {"mlp": _mlp(model, batch), "head": _head(model, batch)}
     for form, count in forms:
         held, recompute = FORMS[form]
-        calls[form, count] = _layers(model, batch, (segments[held, count],), recompute, layers[count])
+        calls[form, count] = _layers(model, batch, segments[held, count], recompute, layers[count])
 
-    ends = ENDS[:1] if on_cpu else ENDS
-    shortest = "keys_values", tokens // ends[-1]
     issued = {("layers", 1), ("layers", several), shortest}
 
     def dispatch(name: Any) -> float:
@@ -183,8 +184,8 @@ def _some(model: Model) -> Model:
     return nnx.merge(graphdef, made(jax.random.key(0)))
 
 
-def _segments(model: Model, batch: int, layers: Mapping[tuple[str, int], int]) -> dict[tuple[str, int], Segment]:
-    """Segments of such numbers by how they are held and by length.
+def _segments(model: Model, batch: int, layers: Mapping[tuple[str, int], int]) -> dict[tuple[str, int], list[Segment]]:
+    """Segments of such numbers, one each by how they are held and by length.
 
     Args:
         layers: how many each of them is of.
@@ -198,38 +199,35 @@ def _segments(model: Model, batch: int, layers: Mapping[tuple[str, int], int]) -
         kv = _numbers(key, (*shape, config.num_kv_heads, config.head_dim), dtype)
         return KeysValues(kv, kv, slots)
 
-    made = jax.jit(lambda key: {wanted: segment(key, *wanted) for wanted in layers})
+    made = jax.jit(lambda key: {wanted: [segment(key, *wanted)] for wanted in layers})
     return memory.placed(made(jax.random.key(0)))
 
 
 def _layers(
-    model: Model, batch: int, segments: tuple[Segment, ...] = (), recompute: Recompute = "project", layers: int = 1
+    model: Model, batch: int, segments: Sequence[Segment] = (), recompute: Recompute = "project", layers: int = 1
 ) -> Calls:
-    """Steps of one layer, or of several in one call, over these segments of theirs.
+    """Steps of one layer, or of several in one call, over a segment of theirs, or over none.
 
-    The model's layers take turns, and so do tails: in a step no two calls have the same arrays, and with those of the
-    call before a GPU's host would have less to do.
+    As in decoding, where each call of a function has the weights of the one before, but other segments.
+
+    Args:
+        segments: equal ones, which take turns: two, where the host's time is measured.
     """
     config, dtype = model.config, model.dtype
     shape = (layers, batch, PROBE_TAIL, config.num_kv_heads, config.head_dim)
+    slots = PROBE_SLOT + jnp.arange(PROBE_TAIL, dtype=jnp.int32)
     place = memory.placed(Place(jnp.full(1, PROBE_SLOT, jnp.int32), None))
     h = memory.placed(jnp.ones((batch, 1, config.hidden_size), dtype))
     (definition, *_), params = zip(*map(steps.split_module, model.layers), strict=True)  # one definition for all layers
-
-    def tail() -> Segment:
-        slots = PROBE_SLOT + jnp.arange(PROBE_TAIL, dtype=jnp.int32)
-        return memory.placed(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots))
-
-    tails = [tail() for _ in params]
+    taken = tuple(params[layer % len(params)] for layer in range(layers))
+    tail = memory.placed(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots))
+    turns = itertools.cycle([(segment,) for segment in segments] or [()])
 
     def calls(count: int) -> Array:
+        nonlocal tail
         out = h
-        for index in range(count):
-            turn = index % len(params)
-            taken = tuple(params[(turn + layer) % len(params)] for layer in range(layers))
-            out, tails[turn] = steps.decode_layers(
-                definition, taken, out, segments, tails[turn], place, recompute=recompute
-            )
+        for _ in range(count):
+            out, tail = steps.decode_layers(definition, taken, out, next(turns), tail, place, recompute=recompute)
         return out
 
     return calls

@@ -198,6 +198,7 @@ class Decoding:
         self.tails: list[Segment] = [memory.placed(keys_values(setting.prompt, TAIL_TOKENS)) for _ in range(self.count)]
         self.place = memory.placed(Place(jnp.array([setting.prompt + TAIL_TOKENS // 2], jnp.int32), None))
         self.h = memory.placed(random(batch, 1, config.hidden_size))
+        self.functions = [self.decoder.shared(self.recompute)] * self.count
         self.ahead: tuple[Segment, ...] = ()  # the first layer's, brought by the last layer of the step before
 
     def engine(self) -> engines.Sequential | engines.Overlapped:
@@ -207,7 +208,7 @@ class Decoding:
     def step(self, engine: engines.Sequential | engines.Overlapped) -> Array:
         """A step by the engine; `issuing` has the seconds that the host does not wait."""
         self.issuing.seconds = 0.0
-        compute = self.decoder.compute(self.tails, self.place, self.recompute)
+        compute = self.decoder.compute(self.tails, self.place, self.functions)
 
         def timed(*arguments: Any) -> Array:
             with self.issuing:
@@ -221,7 +222,7 @@ class Decoding:
 
     def by_layer(self) -> Array:
         """Layer after layer, over segments that are on the device."""
-        h, compute = self.h, self.decoder.compute(self.tails, self.place, self.recompute)
+        h, compute = self.h, self.decoder.compute(self.tails, self.place, self.functions)
         for layer in range(self.count):
             h = compute(layer, h, self.on_device)
         return h

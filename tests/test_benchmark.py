@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 import helpers
-from kvpr_jax import checkpoint, costs, engines, memory, scheduler, steps
+from kvpr_jax import checkpoint, costs, engines, memory, scheduler
 from kvpr_jax.plan import Request
 from kvpr_jax.profiling import decode, link, matmul, plain, residency, settings
 from kvpr_jax.profiling import measure as measuring
@@ -159,8 +159,8 @@ def test_compute_alone_is_that_of_the_steps_calls(monkeypatch):
     monkeypatch.setattr(costs, "GROUP", 8)
     decoder, prompts = Decoder(helpers.random_model(helpers.OPT)), [[3, 4, 5]]
     _, cache = decode.run(decoder, prompts, decoder.plan(prompts, 5, Request("2")), 2)
-    seen, compute = [], steps.decode_layers
-    monkeypatch.setattr(steps, "decode_layers", lambda *of, **how: seen.append(len(of[1])) or compute(*of, **how))
+    seen, compute = [], decoder.shared("project")
+    monkeypatch.setattr(decoder, "shared", lambda _: lambda *of: seen.append(len(of[0])) or compute(*of))
     assert decode.compute_s(decoder, cache) > 0
     assert set(seen) == {decoder.config.num_layers}
     assert cache.bytes_per_step == 0

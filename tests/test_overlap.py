@@ -41,7 +41,7 @@ def test_pytorch_computes_the_same_layer(split, recompute):
     held += [KeysValues(*map(jnp.asarray, kv[:, None]), slots[split:CACHED])] if split < CACHED else []
     tails = [memory.placed(KeysValues(*map(jnp.asarray, tail[:, None]), slots[CACHED:]))] * OPT.num_layers
     place = Place(slots[CACHED + WRITTEN :][:1], None)
-    ours = decoder.compute(tails, place, recompute)(0, jnp.asarray(h), tuple(held))
+    ours = decoder.compute(tails, place, [decoder.shared(recompute)] * len(tails))(0, jnp.asarray(h), tuple(held))
 
     def both(module, weight):  # PyTorch's weights are (out, in)
         return torch.from_numpy(np.array(module[weight]).T.copy()), torch.from_numpy(np.array(module["bias"]))

@@ -231,14 +231,14 @@ def test_engine_holds_no_more_than_its_window_on_the_device(engine, most, monkey
     prompts = random_prompts((17, 17), config.vocab_size)
     cache, logits = decoder.prefill(prompts, decoder.plan(prompts, 4, Request(split="17", engine=engine)))
     held: list[int] = []
-    compute = steps.decode_layers
+    compute = decoder.shared("project")
 
-    def counting(*args, **kwargs):
+    def counting(*args):
         alive = [a for a in jax.live_arrays() if a.shape == (1, 2, 17, 44) and a.sharding.memory_kind == memory.DEVICE]
         held.append(len(alive))
-        return compute(*args, **kwargs)
+        return compute(*args)
 
-    monkeypatch.setattr(steps, "decode_layers", counting)
+    monkeypatch.setattr(decoder, "shared", lambda recompute: counting)
     for _ in range(2):
         logits = decoder.step(cache, logits.argmax(-1).astype(jnp.int32))
     assert len(held) == 2 * layers
@@ -337,6 +337,41 @@ def test_only_the_first_step_compiles(split, group, monkeypatch, caplog):
     assert cache.flushes == plan.flushes == 6
     assert compiled == [True] + [False] * 48
     assert cache.recompiled == 0 and cache.longest_wait_s < 0.05
+
+
+@pytest.mark.parametrize("most, own", [(3, True), (2, False)])
+def test_few_groups_have_a_function_each(most, own, monkeypatch):
+    """As on a GPU, where each has a CUDA graph: behind a flush as well, and the same ones in a later run."""
+    prompts, request = random_prompts((13, 7), OPT.vocab_size), Request(split="6", tail_tokens=8)
+    expected, logits, _, _ = greedy(Decoder(random_model(OPT)), prompts, NEW, request)
+    monkeypatch.setattr(compiling, "graphs", lambda: True)
+    monkeypatch.setattr(runtime, "OWN_FUNCTIONS", most)
+    decoder, seen, compute = Decoder(random_model(OPT)), [], Decoder.compute
+
+    def seeing(self, tails, place, functions):
+        seen.append(functions)
+        return compute(self, tails, place, functions)
+
+    monkeypatch.setattr(Decoder, "compute", seeing)
+    tokens, again, cache, _ = greedy(decoder, prompts, NEW, request)
+    np.testing.assert_array_equal(tokens, expected)
+    assert_close(again, logits)
+    assert (cache.flushes, cache.recompiled) == (1, 0)
+    assert [len({*functions}) for functions in seen] == [3 if own else 1] * (NEW - 1)
+    assert len({functions[0] for functions in seen}) == 2
+    greedy(decoder, prompts, NEW, request)
+    assert all(one is other for one, other in zip(seen[: NEW - 1], seen[NEW - 1 :], strict=True))
+
+
+def test_copies_of_a_function_are_not_compiled():
+    add = jax.jit(lambda one, other: one + other, donate_argnums=0).lower(*[jnp.zeros(3)] * 2).compile()
+    before = compiling.compiled_here()
+    functions = compiling.copies(add, 3)
+    assert functions[0] is add and len({*functions}) == 3 and compiling.compiled_here() == before
+    for function in functions:
+        donated = jnp.arange(3.0)
+        np.testing.assert_array_equal(function(donated, jnp.ones(3)), [1, 2, 3])
+        assert donated.is_deleted()
 
 
 def test_what_a_step_compiles_itself_is_counted(monkeypatch):
