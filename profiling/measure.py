@@ -30,7 +30,7 @@ from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 PROBE_TOKENS, PROBE_TOKENS_ON_CPU = 16384, 512  # over the batch: tokens in the longest segment that is measured
 PROBE_TAIL = 16  # slots in the tail of the steps measured, which take the time of another short segment for it
 PROBE_SLOT = 2**20  # the first of these, behind any segment
-SEVERAL = 4  # layers of a call on a GPU, as they go in groups, where a segment of all of them has no more than
+SEVERAL = 2  # layers of a call on a GPU, as they go in groups, where a segment of all of them has no more than
 SHORT_BYTES = 2**30  # so many bytes in any form
 SHORT_SHARE = 16  # and one part in so many of the device's free memory: all segments together take a few times as much
 CALLS = 8  # dispatched together, as the engine does, at least
@@ -76,9 +76,9 @@ def measure(
     """
     begin, compiled_s, measured = time.perf_counter(), dict[Any, float](), dict[Any, float]()
     on_cpu = memory.device_memory_is_host_memory()
-    probe, several, different = (PROBE_TOKENS_ON_CPU, 1, 1) if on_cpu else (PROBE_TOKENS, SEVERAL, 2)
+    probe, several = (PROBE_TOKENS_ON_CPU, 1) if on_cpu else (PROBE_TOKENS, SEVERAL)
     tokens = max(32, min(probe // batch, 2048))
-    model = _some(abstract(dataclasses.replace(config, num_layers=different), dtype))
+    model = _some(abstract(dataclasses.replace(config, num_layers=several), dtype))
     token_bytes = several * batch * max(config.kv_width, config.activation_width) * jnp.dtype(dtype).itemsize
     short_bytes = min(SHORT_BYTES, memory.free_device_bytes() // SHORT_SHARE)
     forms = [(form, tokens // times) for form, times in SEGMENTS]
@@ -219,7 +219,6 @@ def _layers(
     place = memory.placed(Place(jnp.full(1, PROBE_SLOT, jnp.int32), None))
     h = memory.placed(jnp.ones((batch, 1, config.hidden_size), dtype))
     (definition, *_), params = zip(*map(steps.split_module, model.layers), strict=True)  # one definition for all layers
-    taken = tuple(params[layer % len(params)] for layer in range(layers))
     tail = memory.placed(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots))
     turns = itertools.cycle([(segment,) for segment in segments] or [()])
 
@@ -227,7 +226,9 @@ def _layers(
         nonlocal tail
         out = h
         for _ in range(count):
-            out, tail = steps.decode_layers(definition, taken, out, next(turns), tail, place, recompute=recompute)
+            out, tail = steps.decode_layers(
+                definition, params[:layers], out, next(turns), tail, place, recompute=recompute
+            )
         return out
 
     return calls

@@ -205,7 +205,7 @@ def test_progress_reaches_its_total(small):
 
 
 @pytest.mark.parametrize("enough_s, gpu, several_bytes, host", [
-    (60.0, True, 2**30, 1), (60.0, True, 4 * 2 * 88 * 4 * 16, 1), (60.0, False, 2**30, 1), (0.0, True, 2**30, 10),
+    (60.0, True, 2**30, 1), (60.0, True, measuring.SEVERAL * 2 * 88 * 4 * 16, 1), (60.0, False, 2**30, 1), (0.0, True, 2**30, 10),
     (0.0, False, 2**30, 10),
 ])  # fmt: skip
 @pytest.mark.parametrize("limit", ["in all", "of what is free"])
@@ -257,7 +257,7 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, ho
         curve = getattr(measured, form)
         assert [tokens for tokens, _ in curve] == lengths
         assert [seconds for _, seconds in curve] == pytest.approx([max(0.0, begin_s + n * token_s) for n in lengths])
-    grouped = {n for n in (2, 8, 16, 32, 64) if gpu and n * 4 * 2 * 88 * 4 <= several_bytes}
+    grouped = {n for n in (2, 8, 16, 32, 64) if gpu and n * measuring.SEVERAL * 2 * 88 * 4 <= several_bytes}
     assert set(in_groups) == grouped
     assert (measured.compile_s, measured.base_s) == (pytest.approx(2.0), base_s)
     assert measured.further_s == pytest.approx(base_s / 2 if gpu else base_s)
