@@ -205,8 +205,8 @@ def test_progress_reaches_its_total(small):
 
 
 @pytest.mark.parametrize("enough_s, gpu, several_bytes, host", [
-    (60.0, True, 2**30, 1), (60.0, True, measuring.SEVERAL * 2 * 88 * 4 * 16, 1), (60.0, False, 2**30, 1), (0.0, True, 2**30, 10),
-    (0.0, False, 2**30, 10),
+    (60.0, True, 2**30, 1), (60.0, True, measuring.SEVERAL * 2 * 88 * 4 * 16, 1), (60.0, False, 2**30, 1),
+    (0.0, True, 2**30, 10), (0.0, False, 2**30, 10),
 ])  # fmt: skip
 @pytest.mark.parametrize("limit", ["in all", "of what is free"])
 def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, host, limit, monkeypatch):
