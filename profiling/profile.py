@@ -42,7 +42,7 @@ class Profile:
         dispatch_s, layer_dispatch_s: what the host needs to issue a layer step, and each further layer in one call.
         segment_dispatch_s: what it needs more for each segment of a layer's cache; measured as keys and values.
         issue_s: what it needs to issue one of several copies.
-        compile_s: tracing and compiling a call of a few layers, or of one on a CPU, beside other functions.
+        compile_s: tracing and compiling a call of two layers, or of one on a CPU, beside other functions.
     """
 
     machine: dict[str, str]
