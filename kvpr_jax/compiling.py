@@ -65,6 +65,8 @@ def copies(function: Compiled, count: int) -> list[Compiled]:
     A function's CUDA graph is updated where it is called with other arrays than before, for which the host needs about
     as long as for all else. A function that is always called with the same weights needs less of it.
     """
+    if count == 1:
+        return [function]
     stored, devices = serialize_executable.serialize(function), jax.local_devices()[:1]
     load = serialize_executable.deserialize_and_load
     return [function, *(load(*stored, execution_devices=devices) for _ in range(count - 1))]
