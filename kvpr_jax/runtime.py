@@ -184,7 +184,7 @@ class Decoder:
         Args:
             h, segments, tail: shapes and places of what it is called with.
         """
-        groups, recompute = self.config.num_layers // cache.plan.group, cache.plan.recompute
+        groups, recompute = len(cache.groups), cache.plan.recompute
         shapes = (
             (memory.described(self.params[0]),) * cache.plan.group, h,
             memory.described(segments, host=False), memory.described(tail), memory.described(cache.place),

@@ -8,7 +8,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent import futures
 from typing import Any, get_args
 
 import jax
@@ -37,12 +36,12 @@ CALLS = 8  # dispatched together, as the engine does, at least
 SHORT_S = 0.01  # of those, at least
 LONG_S = 0.1  # more is measured by single calls, so that a slow machine is done in seconds too
 ENOUGH_S = 12.0  # then no further segments, and in the ways that no plan asks for one size only
-COMPILERS = 4  # threads: more of them gain little, since Python and what tries products on a GPU go one at a time
-# Segments measured, by how many times as few tokens they have as the longest ones. Those and, on a GPU, the shortest,
-# which tell what any segment takes, are needed; the others come in this order. Projecting is no line: each length gets
-# the matrix product that suits it, and on a GPU a length between is needed too.
-ENDS, BETWEEN = (1, 32), ("project", 4)
-SEGMENTS = (*itertools.product(FORMS, ENDS), BETWEEN, ("project", 8), ("project", 2), ("absorb", 4))
+# Segments measured, by how many times as few tokens they have as the longest ones. Needed are the longest, and on a GPU
+# a shorter one in each form, which tells what any segment takes; the others come in this order. Projecting is no line:
+# each length gets the matrix product that suits it.
+SHORTEST = 32
+NEEDED = (*((form, 1) for form in FORMS), ("keys_values", SHORTEST), ("absorb", SHORTEST), ("project", 4))
+SEGMENTS = (*NEEDED, ("project", SHORTEST), ("project", 8), ("project", 2), ("absorb", 4))
 
 Calls = Callable[[int], Any]  # issues the same so many times, and returns what to wait for
 
@@ -72,7 +71,7 @@ def measure(
     """Measure copies, and layers of the model (with random weights) over segments that are on the device.
 
     Args:
-        progress: called with (things compiled or measured, such things in all).
+        progress: called with (things measured or left out, things in all).
     """
     begin, compiled_s, measured = time.perf_counter(), dict[Any, float](), dict[Any, float]()
     on_cpu = memory.device_memory_is_host_memory()
@@ -83,8 +82,7 @@ def measure(
     short_bytes = min(SHORT_BYTES, memory.free_device_bytes() // SHORT_SHARE)
     forms = [(form, tokens // times) for form, times in SEGMENTS]
     layers = {count: several if count * token_bytes <= short_bytes else 1 for _, count in forms}  # of a call
-    ends = ENDS[:1] if on_cpu else ENDS
-    shortest = "keys_values", tokens // ends[-1]
+    shortest = "keys_values", tokens // (1 if on_cpu else SHORTEST)
     segments = _segments(model, batch, {(FORMS[form][0], count): layers[count] for form, count in forms})
     segments[shortest].append(jax.tree.map(jnp.copy, *segments[shortest]))
     calls: dict[Any, Calls] = {("layers", count): _layers(model, batch, layers=count) for count in {1, several}}
@@ -101,38 +99,20 @@ def measure(
     measurements: dict[Any, Callable[[], float]] = {name: functools.partial(_run_s, of) for name, of in calls.items()}
     measurements |= {("dispatch", name): functools.partial(dispatch, name) for name in issued}
     measurements["issue"] = link.issue_s
-    optional = [of for of in SEGMENTS if of[1] not in ends and (on_cpu or of != BETWEEN)]
+    optional = [of for of in SEGMENTS if of not in NEEDED or (on_cpu and of[1] > 1)]
     needed = {*measurements} - {(form, tokens // times) for form, times in optional}
     for way in get_args(link.Way):
         sizes = link.sizes(way)
         measurements |= {(way, size): functools.partial(link.copy_s, way, size) for size in sizes}
         needed |= {(way, size) for size in (sizes if way == "to_device" else sizes[:1])}
-    done = itertools.count(1)
-
-    def next_one() -> None:
+    order = sorted(measurements, key=lambda name: name not in needed)
+    for done, name in enumerate(order, start=1):
+        if name in needed or time.perf_counter() - begin < ENOUGH_S:
+            if name in calls:
+                compiled_s[name] = _first_s(calls[name])
+            measured[name] = measurements[name]()
         if progress is not None:
-            progress(next(done), len(calls) + len(measurements))
-
-    def in_time(name: Any) -> bool:
-        return name in needed or time.perf_counter() - begin < ENOUGH_S
-
-    def compile_in_time(name: Any) -> None:
-        if in_time(name):
-            compiled_s[name] = _first_s(calls[name])
-
-    for names in ([name for name in measurements if (name in needed) == first] for first in (True, False)):
-        # Side by side, so that it takes a few seconds for all of them; nothing is measured meanwhile.
-        pool = futures.ThreadPoolExecutor(COMPILERS)
-        try:
-            for job in futures.as_completed([pool.submit(compile_in_time, name) for name in names if name in calls]):
-                job.result()
-                next_one()
-        finally:
-            pool.shutdown(cancel_futures=True)  # of Ctrl-C
-        for name in names:
-            if name in compiled_s or (name not in calls and in_time(name)):
-                measured[name] = measurements[name]()
-            next_one()
+            progress(done, len(order))
 
     base_s, together = measured["layers", 1], layers[shortest[1]]
     dispatch_s = measured["dispatch", ("layers", 1)]
