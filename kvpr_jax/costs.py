@@ -161,7 +161,7 @@ def _longer(of: Any, times: float) -> Any:
 
 
 def group_sizes(layers: int, layer_bytes: int, most_bytes: int) -> list[int]:
-    """N to choose from, layers of a group, largest first: all groups are alike and share one compiled function.
+    """N to choose from, layers of a group, largest first: all groups are alike and compiled once.
 
     The larger the better: the device waits between two calls, and the host needs longer to issue layers one by one.
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Lowered
 from jaxtyping import Array, Float, Int
 
 from kvpr_jax import compiling, engines, memory, scheduler, steps
@@ -21,7 +22,8 @@ from kvpr_jax.profiling.profile import Profile
 from kvpr_jax.segments import LAYERS, SEQUENCES, TOKENS, Place, Segment
 
 UNLIMITED = 2**62  # bytes
-OWN_FUNCTIONS = 12  # groups at most that are decoded by a function each: with more, each is small or copied for long
+OWN_FUNCTIONS = 12  # groups at most that are decoded by a function each: more are mostly copied for long
+SHAPES = 32  # of steps, whose functions a decoder keeps
 PREPARE_AT = 1 / 16  # of the tail written: runs that end early compile nothing in vain, others are ready in time
 
 
@@ -42,7 +44,7 @@ class Decoder:
         layers = [steps.split_module(layer) for layer in model.layers]
         self.layer, self.params = layers[0][0], [params for _, params in layers]
         self.compiled: set[tuple[Any, ...]] = set()  # `Plan.step_shape` of plans that have been stepped
-        self._ready: dict[Any, list[steps.DecodeLayers]] = {}  # for each group, by the shapes they are compiled for
+        self._functions_of: dict[Any, list[steps.DecodeLayers]] = {}  # shapes of a step: for each group
 
     def plan(self, prompts: Sequence[Sequence[int]], new_tokens: int, request: Request = Request()) -> Plan:
         """The plan for a batch of tokenized prompts on this machine.
@@ -129,7 +131,7 @@ class Decoder:
 
     def shared(self, recompute: Recompute) -> steps.DecodeLayers:
         """One function that decodes any group."""
-        return functools.partial(steps.decode_layers, self.layer, recompute=recompute)
+        return functools.partial(steps.decode_layers, self.layer, recompute=recompute, caller=0)
 
     def step(self, cache: Cache, tokens: Int[Array, " B"]) -> Float[Array, "B V"]:
         """Append one token to each sequence and return the logits after it.
@@ -191,11 +193,20 @@ class Decoder:
         )  # fmt: skip
         leaves, structure = jax.tree.flatten(shapes)
         key = recompute, structure, *leaves
-        if key not in self._ready:
-            compiled = steps.decode_layers.lower(self.layer, *shapes, recompute=recompute).compile()
-            own = compiling.graphs() and groups <= OWN_FUNCTIONS
-            self._ready[key] = compiling.copies(compiled, groups) if own else [self.shared(recompute)] * groups
-        return self._ready[key]
+        if key not in self._functions_of:
+
+            def lower(caller: int) -> Lowered:
+                return steps.decode_layers.lower(self.layer, *shapes, recompute=recompute, caller=caller)
+
+            if compiling.uses_graphs() and groups <= OWN_FUNCTIONS:
+                functions = compiling.one_each(lower, groups)
+            else:
+                lower(0).compile()
+                functions = [self.shared(recompute)] * groups
+            while len(self._functions_of) >= SHAPES:
+                self._functions_of.pop(next(iter(self._functions_of)))
+            self._functions_of[key] = functions
+        return self._functions_of[key]
 
 
 def read_tokens(

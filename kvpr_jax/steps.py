@@ -4,8 +4,8 @@
     embed             | definition              |         | batch, tokens of the call, whether sequences are padded
     prefill_layer     | definition, split,      | h       | sequences of the chunk, S, l, resident tokens, queries at a
                       | resident, chunk         |         | time; not the layer, not the prompt
-    decode_layers     | definition, recompute   | tail    | batch, how many layers, the segments' forms and lengths,
-                      |                         |         | the tail's form; not which layers, not the token, not the
+    decode_layers     | definition, recompute,  | tail    | batch, how many layers, the segments' forms and lengths,
+                      | caller                  |         | the tail's form; not which layers, not the token, not the
                       |                         |         | position
     logits            | definition              |         | batch
     sample            | choice                  |         | batch; not the values of temperature, top-k, top-p, min-p or
@@ -35,7 +35,7 @@ from kvpr_jax.sampling import Choice, Sampling, sample_tokens
 from kvpr_jax.segments import TOKENS, Place, Segment, of_layer, stacked
 
 Params = dict[str, Any]
-DecodeLayers = Callable[..., tuple[Array, Segment]]  # `decode_layers` for one definition and way to recompute
+DecodeLayers = Callable[..., tuple[Array, Segment]]  # `decode_layers` with all static arguments given
 
 
 class Definition:
@@ -131,7 +131,7 @@ def prefill_layer(
     return h, tuple(host), tuple(stay)
 
 
-@functools.partial(jax.jit, static_argnames=("definition", "recompute"), donate_argnames=("tail",))
+@functools.partial(jax.jit, static_argnames=("definition", "recompute", "caller"), donate_argnames=("tail",))
 def decode_layers(
     definition: Definition,
     params: tuple[Params, ...],
@@ -141,6 +141,7 @@ def decode_layers(
     place: Place,
     *,
     recompute: Recompute,
+    caller: int = 0,
 ) -> tuple[Float[Array, "B 1 D"], Segment]:
     """A group of consecutive layers over one new token a sequence.
 
@@ -150,10 +151,12 @@ def decode_layers(
     Args:
         params: of each layer.
         segments, tail: of the group.
+        caller: for each, a compiled function of its own; see `compiling.one_each`.
 
     Returns:
         Hidden states, and the tail with the token written into it.
     """
+    del caller
     for layer, of_this in enumerate(params):
         held = tuple(of_layer(segment, layer) for segment in segments)
         h, tail = _decode_layer(definition, of_this, h, held, tail, layer, place, recompute=recompute)

@@ -6,6 +6,7 @@ import functools
 import gc
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
@@ -84,7 +85,7 @@ def measure(
     layers = {count: several if count * token_bytes <= short_bytes else 1 for _, count in forms}  # of a call
     shortest = "keys_values", tokens // (1 if on_cpu else SHORTEST)
     segments = _segments(model, batch, {(FORMS[form][0], count): layers[count] for form, count in forms})
-    segments[shortest].append(jax.tree.map(jnp.copy, *segments[shortest]))
+    segments[shortest].append(jax.tree.map(jnp.copy, segments[shortest][0]))
     calls: dict[Any, Calls] = {("layers", count): _layers(model, batch, layers=count) for count in {1, several}}
     calls |= {"mlp": _mlp(model, batch), "head": _head(model, batch)}
     for form, count in forms:
@@ -148,7 +149,7 @@ def measure(
         layer_dispatch_s=further(measured["dispatch", ("layers", several)], dispatch_s),
         segment_dispatch_s=max(0.0, segments_s) / together,
         issue_s=measured["issue"],
-        compile_s=max(0.0, compiled_s["layers", several] - measured["layers", several]),
+        compile_s=max(0.0, statistics.median(compiled_s[of] - measured[of] for of in forms if of in compiled_s)),
     )
 
 

@@ -18,7 +18,7 @@ from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling import curves, link, nvidia
 from kvpr_jax.profiling.curves import Curve
 
-VERSION = 13  # of the file's meaning
+VERSION = 14  # of the file's meaning
 FORMS: dict[str, tuple[str, Recompute]] = {  # by their curves: how a segment is held, and what is done with it
     "keys_values": ("keys_values", "project"),
     "project": ("activations", "project"),
@@ -42,7 +42,7 @@ class Profile:
         dispatch_s, layer_dispatch_s: what the host needs to issue a layer step, and each further layer in one call.
         segment_dispatch_s: what it needs more for each segment of a layer's cache; measured as keys and values.
         issue_s: what it needs to issue one of several copies.
-        compile_s: tracing and compiling a call of two layers, or of one on a CPU.
+        compile_s: tracing and compiling a call of two layers with a segment, or of one on a CPU; a median.
     """
 
     machine: dict[str, str]

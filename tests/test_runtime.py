@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 from helpers import CONFIGS, GQA, LLAMA, OPT, assert_close, greedy, random_model, random_prompts
 from kvpr_jax import compiling, costs, engines, memory, runtime, steps
@@ -339,35 +341,78 @@ def test_only_the_first_step_compiles(split, group, monkeypatch, caplog):
     assert cache.recompiled == 0 and cache.longest_wait_s < 0.05
 
 
+@pytest.fixture
+def kept_on_disk(tmp_path):
+    """JAX keeps compiled functions in this directory."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = [getattr(jax.config, name) for name in names]
+    jax.clear_caches()
+    for values in ([str(tmp_path), 0.0], before):
+        for name, value in zip(names, values, strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is not before:
+            yield tmp_path
+
+
 @pytest.mark.parametrize("most, own", [(3, True), (2, False)])
 def test_few_groups_have_a_function_each(most, own, monkeypatch):
-    """As on a GPU, where each has a CUDA graph: behind a flush as well, and the same ones in a later run."""
-    prompts, request = random_prompts((13, 7), OPT.vocab_size), Request(split="6", tail_tokens=8)
+    """As on a GPU, where each has a graph: behind flushes and a merge as well, and the same ones in a later run."""
+    prompts, request = random_prompts((13, 7), OPT.vocab_size), Request(split="6", tail_tokens=2)
     expected, logits, _, _ = greedy(Decoder(random_model(OPT)), prompts, NEW, request)
-    monkeypatch.setattr(compiling, "graphs", lambda: True)
+    monkeypatch.setattr(compiling, "uses_graphs", lambda: True)
     monkeypatch.setattr(runtime, "OWN_FUNCTIONS", most)
-    decoder, seen, compute = Decoder(random_model(OPT)), [], Decoder.compute
+    decoder, called, compute = Decoder(random_model(OPT)), [], Decoder.compute
 
     def seeing(self, tails, place, functions):
-        seen.append(functions)
-        return compute(self, tails, place, functions)
+        def seen(function):
+            return lambda params, *of: called.append((function, id(params[0]))) or function(params, *of)
+
+        return compute(self, tails, place, [*map(seen, functions)])
 
     monkeypatch.setattr(Decoder, "compute", seeing)
     tokens, again, cache, _ = greedy(decoder, prompts, NEW, request)
     np.testing.assert_array_equal(tokens, expected)
     assert_close(again, logits)
-    assert (cache.flushes, cache.recompiled) == (1, 0)
-    assert [len({*functions}) for functions in seen] == [3 if own else 1] * (NEW - 1)
-    assert len({functions[0] for functions in seen}) == 2
+    assert (cache.flushes, cache.recompiled) == (5, 0)
+    steps_calls = [called[step : step + 3] for step in range(0, len(called), 3)]
+    assert [len({function for function, _ in calls}) for calls in steps_calls] == [3 if own else 1] * (NEW - 1)
+    weights = {function: {of for by, of in called if by is function} for function, _ in called}
+    assert {len(of) for of in weights.values()} == {1 if own else 3}
+    first = called.copy()
+    called.clear()
     greedy(decoder, prompts, NEW, request)
-    assert all(one is other for one, other in zip(seen[: NEW - 1], seen[NEW - 1 :], strict=True))
+    assert called == first
 
 
-def test_copies_of_a_function_are_not_compiled():
-    add = jax.jit(lambda one, other: one + other, donate_argnums=0).lower(*[jnp.zeros(3)] * 2).compile()
+def test_functions_of_a_few_shapes_are_kept(monkeypatch):
+    monkeypatch.setattr(runtime, "SHAPES", 2)
+    decoder = Decoder(random_model(OPT))
+    for split in ("0", "3", "6", "9"):
+        greedy(decoder, random_prompts((13, 7), OPT.vocab_size), 3, Request(split=split))
+        assert len(decoder._functions_of) <= 2
+
+
+def test_groups_read_their_functions_from_disk(kept_on_disk, monkeypatch):
+    """Where the first one has come from there it cannot be stored again."""
+    monkeypatch.setattr(compiling, "uses_graphs", lambda: True)
+    prompts, request = random_prompts((13, 7), OPT.vocab_size), Request(split="6")
+    monkeypatch.setattr(serialize_executable, "serialize", lambda _: pytest.fail("stored"))
+    tokens = []
+    for _ in range(2):
+        jax.clear_caches()
+        tokens.append(greedy(Decoder(random_model(OPT)), prompts, 3, request)[0])
+    np.testing.assert_array_equal(*tokens)
+    names = [path.name for path in kept_on_disk.iterdir() if path.name.startswith("jit_decode_layers")]
+    assert len([name for name in names if name.endswith("-cache")]) == 1
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_without_a_cache_on_disk_one_function_is_compiled_for_all(count):
+    lowered = jax.jit(lambda one, other: one + other, donate_argnums=0).lower(*[jnp.zeros(3)] * 2)
     before = compiling.compiled_here()
-    functions = compiling.copies(add, 3)
-    assert functions[0] is add and len({*functions}) == 3 and compiling.compiled_here() == before
+    functions = compiling.one_each({0: lowered}.__getitem__, count)
+    assert len({*functions}) == count and compiling.compiled_here() == before + 1
     for function in functions:
         donated = jnp.arange(3.0)
         np.testing.assert_array_equal(function(donated, jnp.ones(3)), [1, 2, 3])
