@@ -346,13 +346,16 @@ def kept_on_disk(tmp_path):
     """JAX keeps compiled functions in this directory."""
     names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
     before = [getattr(jax.config, name) for name in names]
-    jax.clear_caches()
-    for values in ([str(tmp_path), 0.0], before):
+
+    def keep(*values):
         for name, value in zip(names, values, strict=True):
             jax.config.update(name, value)
         compilation_cache.reset_cache()
-        if values is not before:
-            yield tmp_path
+
+    jax.clear_caches()
+    keep(str(tmp_path), 0.0)
+    yield tmp_path
+    keep(*before)
 
 
 @pytest.mark.parametrize("most, own", [(3, True), (2, False)])
