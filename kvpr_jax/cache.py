@@ -183,10 +183,16 @@ class Cache:
 
 def _held(segments: tuple[Segment, ...]) -> Held:
     """Tokens of a group's segments by place and form; on the device all are keys and values."""
-    counts = collections.Counter[tuple[bool, bool]]()
+    tokens, counts = collections.Counter[tuple[bool, bool]](), collections.Counter[tuple[bool, bool]]()
     for segment in segments:
-        counts[memory.on_host(segment), isinstance(segment, Activations)] += segment.tokens
-    return Held(counts[True, True], counts[True, False], counts[False, False])
+        kind = memory.on_host(segment), isinstance(segment, Activations)
+        tokens[kind] += segment.tokens
+        counts[kind] += 1
+    activations, keys_values, resident = (True, True), (True, False), (False, False)
+    return Held(
+        tokens[activations], tokens[keys_values], tokens[resident],
+        segments=(counts[activations], counts[keys_values], counts[resident]),
+    )  # fmt: skip
 
 
 def _tail_slots(cache: Cache) -> Int[Array, " T"]:

@@ -4,16 +4,16 @@ The layers go in groups of N, which are copied and computed together. Copies run
 and the host issues both:
 
     link_s(l)    = L/N · sum over copies (activations; keys, values) of what one of so many bytes takes
-    compute_s(l) = L/N · (layer + (N - 1) · further layer) + L · (for each form: what a segment of so many tokens adds)
+    compute_s(l) = L/N · (layer + (N - 1) · further layer) + L · sum over segments (what one of so many tokens adds)
     issue_s(l)   = L/N · (call + (N - 1) · further layer + copies · copy) + L · segments · segment
     step_s(l)    = max(link_s, compute_s + head, issue_s + head)
 
 since the window reaches over the ends of steps, and a short step is issued before the host has read the tokens of the
 one before it; a long one waits for that, which takes next to nothing of it.
 
-A form's tokens count as one segment and one copy, or two, however many they are in: merging keeps those few. The layer
-that is measured without any has a tail of keys and values, so the tokens of such a tail add what they add to a segment,
-and not what any segment takes; a tail of activations counts with the segment of its form.
+Segments of one form and place count as if they were equally long. The layer that is measured without any has a tail of
+keys and values, so the tokens of such a tail add what they add to a segment, and not what any segment takes; a tail of
+activations counts with the segments of its form.
 `two_phase_step_s` is the cost model of the paper (arXiv 2411.17089, equations 8 to 11), kept for comparison.
 """
 
@@ -44,6 +44,7 @@ class Held:
         resident: on the device, as keys and values.
         tail: there, slots of the tail, written or not.
         tail_is_activations: whether it is held as such.
+        segments: that the activations, the keys and values and the resident tokens are in, where there are any.
     """
 
     activations: int
@@ -51,16 +52,23 @@ class Held:
     resident: int = 0
     tail: int = 0
     tail_is_activations: bool = False
+    segments: tuple[int, int, int] = (1, 1, 1)
 
     @property
-    def as_activations(self) -> int:
-        """Tokens of the segment that counts as activations: with a tail of them."""
-        return self.activations + (self.tail if self.tail_is_activations else 0)
+    def on_host(self) -> tuple[int, int]:
+        """Segments on the host: of activations, and of keys and values."""
+        return bool(self.activations) * self.segments[0], bool(self.keys_values) * self.segments[1]
 
     @property
-    def as_keys_values(self) -> int:
-        """Tokens of the segment that counts as keys and values: without the tail, which a layer has anyway."""
-        return self.keys_values + self.resident
+    def as_activations(self) -> tuple[int, int]:
+        """Tokens that count as activations, those of such a tail too; and segments."""
+        tokens = self.activations + (self.tail if self.tail_is_activations else 0)
+        return tokens, max(self.on_host[0], bool(tokens))
+
+    @property
+    def as_keys_values(self) -> tuple[int, int]:
+        """Tokens that count as keys and values, without the tail, which a layer has anyway; and segments."""
+        return self.keys_values + self.resident, self.on_host[1] + bool(self.resident) * self.segments[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,29 +94,28 @@ class Costs:
         """Bytes of one group's tokens in each form."""
         return self.group * self.host_bytes(activations, keys_values)
 
-    def arrays_bytes(self, activations: int, keys_values: int) -> list[int]:
+    def arrays_bytes(self, held: Held) -> list[int]:
         """Bytes of each array in which a group's tokens cross the link: activations; keys, values."""
-        arrays = [self.group_bytes(activations, 0)] if activations else []
-        return arrays + [self.group_bytes(0, keys_values) // 2] * (2 if keys_values else 0)
+        activations, keys_values = held.on_host
+        arrays = [self.group_bytes(held.activations, 0) // max(1, activations)] * activations
+        return arrays + [self.group_bytes(0, held.keys_values) // max(1, 2 * keys_values)] * (2 * keys_values)
 
-    def link_s(self, activations: int, keys_values: int) -> float:
+    def link_s(self, held: Held) -> float:
         """One layer's share of its group's copies."""
-        copies_s = (self.profile.copy_s(nbytes) for nbytes in self.arrays_bytes(activations, keys_values))
-        return sum(copies_s, 0.0) / self.group
+        return sum(map(self.profile.copy_s, self.arrays_bytes(held)), 0.0) / self.group
 
     def compute_s(self, held: Held, recompute: Recompute) -> float:
         """One layer's share of its group's step, wherever the tokens are held."""
         tail = 0 if held.tail_is_activations else held.tail
         return (
             self.profile.layer_s(self.group)
-            + self.profile.segment_s(recompute, held.as_activations)
-            + self.profile.segment_s("keys_values", held.as_keys_values, tail)
+            + self.profile.segments_s(recompute, *held.as_activations)
+            + self.profile.segments_s("keys_values", *held.as_keys_values, tail)
         )
 
     def issue_s(self, held: Held) -> float:
         """One layer's share of what the host needs to issue its group's step and copies."""
-        copies = len(self.arrays_bytes(held.activations, held.keys_values))
-        segments = bool(held.as_activations) + bool(held.as_keys_values)
+        copies, segments = len(self.arrays_bytes(held)), held.as_activations[1] + held.as_keys_values[1]
         call_s = self.profile.dispatch_s + (self.group - 1) * self.profile.layer_dispatch_s
         return (call_s + copies * self.profile.issue_s) / self.group + segments * self.profile.segment_dispatch_s
 
@@ -122,7 +129,7 @@ class Costs:
     def sides(self, held: Held, recompute: Recompute, engine: Engine) -> dict[str, float]:
         """What all layers take of each thing that a step may be bound by; dispatch, where the host runs ahead."""
         sides = {
-            "copies to the device": self.link_s(held.activations, held.keys_values),
+            "copies to the device": self.link_s(held),
             "compute": self.compute_s(held, recompute),
         }
         if engine == "overlapped":
@@ -150,8 +157,8 @@ class Costs:
 
     def two_phase_step_s(self, activations: int, keys_values: int) -> float:
         """The paper's schedule: the activations cross first, then they are projected beside the other copies."""
-        first = self.link_s(activations, 0)
-        rest = max(self.link_s(0, keys_values), self.compute_s(Held(activations, keys_values), "project"))
+        first = self.link_s(Held(activations, 0))
+        rest = max(self.link_s(Held(0, keys_values)), self.compute_s(Held(activations, keys_values), "project"))
         return self.config.num_layers * (first + rest) + self.profile.head_s
 
 

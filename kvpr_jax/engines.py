@@ -46,8 +46,9 @@ class Overlapped:
 
     A window bounds what is issued, over the ends of steps too. With a window of three, group i-1 must be done before
     group i+2 is fetched, so that the device holds three groups at most: i (being computed), i+1 and i+2 (arriving, one
-    after the other). Behind the last group come the first ones of the next step: they cross while the next token is
-    chosen.
+    after the other). A larger window is shared: half of it for groups that arrive, half for those whose compute is
+    issued, which the device goes on with where the host is late. Behind the last group come the first ones of the next
+    step: they cross while the next token is chosen.
     """
 
     def __init__(self, window: int = WINDOW) -> None:
@@ -56,15 +57,15 @@ class Overlapped:
         self.running: collections.deque[tuple[tuple[Segment, ...], Array]] = collections.deque()
 
     def step(self, groups: int, source: Source, compute: Compute, h: Array, more: bool) -> Array:
-        depth = min(self.window - 1, groups)
-        for group in range(len(self.ahead), depth):
+        arriving = min(max(2, self.window // 2), groups)
+        for group in range(len(self.ahead), arriving):
             self._issue(source, group)
         for group in range(groups):
             segments = self.ahead.popleft()
             h = compute(group, h, segments)
             self.running.append((segments, h))
-            if more or group + depth < groups:
-                self._issue(source, (group + depth) % groups)
+            if more or group + arriving < groups:
+                self._issue(source, (group + arriving) % groups)
         return h
 
     def _issue(self, source: Source, group: int) -> None:

@@ -191,7 +191,7 @@ class Plan:
         """Of the arrays that may go to the host."""
         of_prompt = self.split, self.cached_tokens - self.resident_tokens - self.split
         segments = [of_prompt, *longest_flushed(self.costs, self.tail_tokens, self.flushes)]
-        return max(nbytes for tokens in segments for nbytes in self.costs.arrays_bytes(*tokens))
+        return max(nbytes for tokens in segments for nbytes in self.costs.arrays_bytes(Held(*tokens)))
 
     def slowed(self, held: Held, step_s: float) -> tuple["Plan", str]:
         """The plan with costs by which a step over these tokens takes `step_s`, and what they blame."""
@@ -202,7 +202,8 @@ class Plan:
         """Whether a new tail is to be held as activations, once it is on the host beside these tokens.
 
         A forced share is kept. Otherwise the form with which a step takes less time, as far as host memory allows:
-        keys and values only if all the tails behind it still fit as activations.
+        keys and values only if all the tails behind it still fit as activations. The segments that the tokens are in
+        make no difference: `at_the_end`, which host memory is planned by, does not know them.
 
         Args:
             left: tails that will go to the host behind this one.
@@ -212,6 +213,7 @@ class Plan:
             return self.activation_share * (activations + keys_values + tail) - activations >= tail / 2
         if self.costs.cache_bytes(activations + left * tail, keys_values + tail) > self.host_limit_bytes:
             return True
+        held = dataclasses.replace(held, segments=Held.segments)
         smaller = dataclasses.replace(held, activations=activations + tail)
         larger = dataclasses.replace(held, keys_values=keys_values + tail)
         return self.step_s(smaller) <= self.step_s(larger)

@@ -4,6 +4,7 @@
 both budgets hold, it takes the one of least remaining time, compilation included, by the cost model of `costs.py`.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Collection
@@ -21,6 +22,9 @@ from kvpr_jax.profiling.profile import Profile
 
 TAIL_BYTES = 16 * 2**20  # a flushed segment should be this large: smaller copies use under half of the link
 TAIL_TOKENS = (64, 256)  # and have between these many tokens
+TAIL_COMPILES = 3  # but gather for so many times what the profile compiled took: the next group's functions are larger
+TAIL_MOST = 1024  # tokens at most, and two tails in
+TAIL_SHARE = 16  # one part in so many of the device's free memory
 PREFILL_TOKENS = 32768  # tokens of a chunk of sequences, at most
 PREFILL_QUERIES = 2048  # tokens of one sequence that pass through attention and MLP at a time, at most
 PREFILL_QUERIES_LEAST = 64  # fewer would not fill the device
@@ -198,6 +202,13 @@ def make_plan(
             f"the device holds the prompt; {end.activations + end.keys_values} new tokens go to the host, "
             f"{end.activations} of them as activations"
         )
+    lasting = _lasting_tail(chosen, free_device_bytes)
+    if request.tail_tokens is None and chosen.flushes and lasting > tail:
+        longer = dataclasses.replace(request, tail_tokens=lasting)
+        with contextlib.suppress(MemoryError):
+            return make_plan(
+                config, dtype, workload, longer, profile, free_device_bytes, free_host_bytes, compiled, elsewhere
+            )
     return dataclasses.replace(chosen, reason=reason, unfit_splits=unfit)
 
 
@@ -323,6 +334,14 @@ def _tail_tokens(costs: Costs) -> int:
     """Tokens whose activations make a copy of `TAIL_BYTES`, within `TAIL_TOKENS`."""
     least, most = TAIL_TOKENS
     return min(most, max(least, 2 ** math.ceil(math.log2(TAIL_BYTES / costs.group_bytes(1, 0)))))
+
+
+def _lasting_tail(plan: Plan, free_device_bytes: int) -> int:
+    """Tokens of a tail that steps take long enough to fill: meanwhile the steps behind its flush are compiled."""
+    least, _ = TAIL_TOKENS
+    lasting = TAIL_COMPILES * plan.costs.profile.compile_s / plan.predicted_step_s
+    most = free_device_bytes / TAIL_SHARE / (2 * plan.costs.cache_bytes(0, 1))
+    return min(math.ceil(lasting / least), math.floor(most / least), TAIL_MOST // least) * least
 
 
 def _step_bytes(costs: Costs, workload: Workload) -> int:

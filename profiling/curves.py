@@ -36,7 +36,7 @@ def of_copy(times: Curve, nbytes: int) -> float:
     return curve[0][1]
 
 
-def of_segment(times: Curve, tokens: int) -> float:
+def of_segment(times: Curve, tokens: int | float) -> float:
     """Seconds that a segment adds to a layer's step, from those of others by their tokens.
 
     On the line through the nearest shorter and longer one, or through the two shortest or longest; what is shorter than

@@ -70,13 +70,15 @@ class Profile:
         """Seconds of one of `group` layers in one call, its cache a short tail."""
         return (self.base_s + (group - 1) * self.further_s) / group
 
-    def segment_s(self, form: str, tokens: int, tail: int = 0) -> float:
-        """Seconds that a segment of so many tokens (0: none) adds to a layer in this form, and so many of its tail."""
+    def segments_s(self, form: str, tokens: int, segments: int, tail: int = 0) -> float:
+        """Seconds that so many tokens in equally long segments (0: none) add to a layer in this form, and so many of
+        its tail."""
         curve = getattr(self, form)
-        if tokens:
-            return curves.of_segment(curve, tokens + tail)
-        shortest, _ = min(curve)
-        return curves.of_segment(curve, shortest + tail) - curves.of_segment(curve, shortest)
+        if not segments:
+            shortest, _ = min(curve)
+            return curves.of_segment(curve, shortest + tail) - curves.of_segment(curve, shortest)
+        each = tokens / segments
+        return curves.of_segment(curve, each + tail) + (segments - 1) * curves.of_segment(curve, each)
 
 
 def machine(config: ModelConfig, dtype: jnp.dtype, batch: int) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """Sweeps the split, and sets what was measured beside what was predicted: `python -m kvpr_jax.profiling.splits`.
 
 Each setting has a report of its own, like that of the decode benchmark: its splits from 0 to the whole prompt, and what
-the scheduler picks for each way to recompute. A prediction is the plan's for the cache as it was in the measured step,
-its tail included; the paper's two-phase schedule (arXiv 2411.17089, equations 8 to 11) is predicted without a tail.
+the scheduler picks for each way to recompute, measured in turn, several times over. A prediction is the plan's for the
+cache as it was in the measured step, its tail included; the paper's two-phase schedule (arXiv 2411.17089, equations 8
+to 11) is predicted without a tail.
 """
 
 import argparse
@@ -21,13 +22,15 @@ from kvpr_jax.profiling import decode, link, plot, report, settings
 from kvpr_jax.profiling.settings import Setting
 from kvpr_jax.runtime import Decoder
 
+ROUNDS = 3  # of all splits in turn: what disturbs a shared host for a while falls on one trial in three of a split
+
 
 def sweep(
     decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, points: int, ways: Sequence[Recompute]
 ) -> list[dict[str, Any]]:
     """What `decode.measure` gives for each split and way, and what the scheduler makes of them.
 
-    Splits come in order; 0 is measured once for all ways.
+    Splits come in order, `ROUNDS` times; 0 is measured for all ways together.
 
     Args:
         points: splits from 0 to the whole prompt, evenly spaced; the scheduler's picks come on top.
@@ -35,17 +38,29 @@ def sweep(
     Returns:
         Results, each with `picked_by`, the ways for which the scheduler picks it, and `two_phase_step_s`.
     """
-    tokens, results = len(prompts[0]), []
+    tokens = len(prompts[0])
     plans = {way: decoder.plan(prompts, steps + 1, Request("auto", way, offload="all")) for way in ways}
     evenly = {round(index * tokens / (points - 1)) for index in range(points)}
     wanted = {(split, way if split else ways[0]) for way in ways for split in evenly | {plans[way].split}}
-    for split, way in sorted(wanted, key=lambda of: (of[0], ways.index(of[1]))):
-        measured = decode.measure(decoder, prompts, steps, Request(str(split), way))
-        results.append(measured | {
+    ordered = sorted(wanted, key=lambda of: (of[0], ways.index(of[1])))
+    rounds = [
+        [decode.measure(decoder, prompts, steps, Request(str(split), way)) for split, way in ordered]
+        for _ in range(ROUNDS)
+    ]
+    return [
+        joined(measured) | {
             "two_phase_step_s": plans[way].costs.two_phase_step_s(split, tokens - split),
             "picked_by": [other for other in ways if plans[other].split == split and (not split or other == way)],
-        })  # fmt: skip
-    return results
+        }
+        for (split, way), measured in zip(ordered, zip(*rounds, strict=True), strict=True)
+    ]  # fmt: skip
+
+
+def joined(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was measured of one setting in each round, as one: the steps of all, and else what the first one says, which
+    compiled."""
+    lists = [name for name, value in rounds[0].items() if isinstance(value, list)]
+    return rounds[0] | {name: [value for each in rounds for value in each[name]] for name in lists}
 
 
 def error(result: dict[str, Any]) -> float:

@@ -131,7 +131,7 @@ def test_a_link_that_stays_slow_is_told_once_and_later_tails_are_smaller():
     cache = new_cache(None, machine=dear)
     grow(cache, 2)
     assert cache.plan.split == 0 and cache.tokens()["activations"] == 0 and isinstance(cache.tails[0], KeysValues)
-    link_s = CONFIG.num_layers * cache.plan.costs.link_s(0, PROMPT + 2 * TAIL)
+    link_s = CONFIG.num_layers * cache.plan.costs.link_s(Held(0, PROMPT + 2 * TAIL, segments=(1, 3, 1)))
     assert cache.predicted_step_s == pytest.approx(link_s)
     slow_s = cache.predicted_step_s + 2 * CONFIG.num_layers
     for _ in range(3 * STEPS):
@@ -156,7 +156,7 @@ def test_a_step_is_predicted_with_its_tail_in_its_own_form(split):
     assert cache.plan.predicted_step_s == cache.predicted_step_s
     given = cache.plan.costs.profile
     ((_, each_s),) = given.project if split else given.keys_values
-    link_s = cache.plan.costs.link_s(split, PROMPT - split)
+    link_s = cache.plan.costs.link_s(held)
     compute_s = given.base_s + (PROMPT + TAIL) * each_s
     assert link_s < compute_s
     assert cache.predicted_step_s == pytest.approx(CONFIG.num_layers * compute_s + given.head_s)

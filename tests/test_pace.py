@@ -66,7 +66,7 @@ def test_slowed_costs_predict_what_was_measured(
     slowed, blamed = costs.slowed(*held, step_s=measured_s)
     assert slowed.step_s(*held) == pytest.approx(measured_s, rel=1e-6)
     sides = {
-        "copies to the device": lambda c: c.link_s(activations, keys_values),
+        "copies to the device": lambda c: c.link_s(held[0]),
         "compute": lambda c: c.compute_s(held[0], recompute),
     }
     if engine == "overlapped":

@@ -278,7 +278,9 @@ def test_a_layer_takes_what_its_group_and_its_segments_do():
     assert [of.compute_s(Held(0, 64), "project") for of in costs.values()] == [8 + 3, 6 + 3, 5 + 3]
     for held, way, whole in (
         (Held(0, 0), "project", 8), (Held(64, 0), "project", 8 + 16), (Held(64, 0), "absorb", 8 + 32),
-        (Held(64, 64), "project", 8 + 16 + 3), (Held(0, 64, resident=64), "absorb", 8 + 5),
+        (Held(64, 64), "project", 8 + 16 + 3), (Held(0, 64, resident=64), "absorb", 8 + 3 + 3),
+        (Held(128, 0, segments=(2, 5, 5)), "project", 8 + 2 * 16),
+        (Held(0, 128, tail=32, segments=(1, 2, 1)), "project", 8 + 4 + 3),
         (Held(0, 64, tail=64), "project", 8 + 5),
         (Held(0, 0, tail=64), "project", 8 + 2),  # a layer without segments has such a tail: only its tokens count
         (Held(64, 0, tail=32), "project", 8 + 16 + 1),
@@ -288,8 +290,9 @@ def test_a_layer_takes_what_its_group_and_its_segments_do():
         assert costs[1].compute_s(held, way) == pytest.approx(whole)
     for held, call, segments, copies in (
         (Held(0, 0, tail=9), 80, 0, 0), (Held(0, 5, tail=9), 80, 1, 2), (Held(5, 0), 80, 1, 1),
-        (Held(5, 5, resident=5), 80, 2, 3), (Held(0, 0, resident=5), 80, 1, 0),
+        (Held(5, 5, resident=5), 80, 3, 3), (Held(0, 0, resident=5), 80, 1, 0),
         (Held(0, 5, tail=9, tail_is_activations=True), 80, 2, 2),
+        (Held(4, 9, resident=6, segments=(2, 3, 2)), 80, 7, 8), (Held(0, 0, segments=(2, 3, 2)), 80, 0, 0),
     ):  # fmt: skip
         assert costs[1].issue_s(held) == pytest.approx(call + 7 * segments + 100 * copies)
         assert costs[4].issue_s(held) == pytest.approx((call + 3 * 40 + 100 * copies) / 4 + 7 * segments)

@@ -188,7 +188,7 @@ def test_the_window_holds_over_the_ends_of_steps(flush_every, groups, window):
     step_unchecked = engines.Overlapped.step.__wrapped__  # without the check that hidden states are arrays
     for step in range(6):
         step_unchecked(engine, groups, link, link.compute, None, (step + 1) % flush_every != 0)
-    ahead = min(groups, window - 1) * (flush_every == 100)
+    ahead = min(groups, max(2, window // 2)) * (flush_every == 100)
     assert link.issued == groups * 6 + ahead
     assert max(engines.WINDOW, min(window, groups)) <= link.most <= window
     assert link.calls == 6 * [*range(groups)]

@@ -96,7 +96,7 @@ def test_the_plan_is_the_best_of_those_that_fit(
         compute += split * form + (tokens - split + resident + tail) * keys_values  # the tail stays
         link = sum(max(5e-5, together * batch * numbers * 2 / bandwidth) for numbers in arrays) / together
         issue = (dispatch + (together - 1) * further + len(arrays) * issue_copy) / together
-        issue += ((split > 0) + (split < tokens or resident > 0)) * segment
+        issue += ((split > 0) + (split < tokens) + (resident > 0)) * segment
         if engine == "sequential":
             return 32 * (link + compute) + 1e-3
         return max(32 * link, 32 * compute + 1e-3, 32 * issue + 1e-3)
@@ -214,10 +214,25 @@ def test_layers_go_in_groups_that_are_alike(layers, mib, group):
     (64, 1024, 1, 64),
 ])  # fmt: skip
 def test_a_tail_makes_a_copy_of_sixteen_mebibytes_with_all_layers_of_its_group(batch, total, group, tail):
-    """As activations, of 8 KiB a token, layer and sequence, within 64 to 256 tokens."""
+    """As activations, of 8 KiB a token, layer and sequence, within 64 to 256 tokens; where compiling takes no time."""
     workload, request = Workload(batch, 1, total), Request(offload="all")
-    plan = make_plan(OPT_6_7B, jnp.dtype("bfloat16"), workload, request, H200, 9000 * GIB, 9000 * GIB)
+    machine = dataclasses.replace(H200, compile_s=0.0)
+    plan = make_plan(OPT_6_7B, jnp.dtype("bfloat16"), workload, request, machine, 9000 * GIB, 9000 * GIB)
     assert (plan.group, plan.tail_tokens) == (group, min(tail, total - 1))
+
+
+@pytest.mark.parametrize("new, compile_s, free_gib, tail", [
+    (2000, 0.1, 100, 256), (2000, 1.9, 100, 384), (2000, 9.0, 100, 1024),
+    (2000, 9.0, 10, 640), (2000, 9.0, 3, 256),  # two tails of 0.5 MiB a token in a sixteenth, but no less than without
+    (380, 1.9, 100, 379), (200, 1.9, 100, 199),  # never flushed
+])  # fmt: skip
+def test_a_tail_lasts_until_the_steps_behind_its_flush_are_compiled(new, compile_s, free_gib, tail):
+    """Three times the profile's compilation, in 64s of tokens; a step with a tail of 256 takes 15 ms here."""
+    machine = dataclasses.replace(H200, compile_s=compile_s)
+    workload, request = Workload(1, 8, new), Request("100%", "absorb", offload="all")
+    for asked, expected in ((request, tail), (dataclasses.replace(request, tail_tokens=7), 7)):
+        plan = make_plan(OPT_6_7B, jnp.dtype("bfloat16"), workload, asked, machine, free_gib * GIB, 100 * GIB)
+        assert plan.tail_tokens == expected and plan.flushes == (new - 2) // expected
 
 
 @pytest.mark.parametrize("free_gib, group", [(100, 8), (20, 4), (10, 2), (6, 1)])

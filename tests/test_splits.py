@@ -62,7 +62,7 @@ def test_the_report_of_a_setting_holds_every_trial_and_can_be_read_again(tmp_pat
         (0, "project", []), (48, "project", ["project"]), (64, "project", []), (64, "absorb", ["absorb"])
     ]  # fmt: skip
     for result in report["results"]:
-        assert len(result["step_s"]) == len(result["step_bytes"]) == 3 and min(result["step_s"]) > 0
+        assert len(result["step_s"]) == len(result["step_bytes"]) == 3 * splits.ROUNDS and min(result["step_s"]) > 0
     assert all(line in printed.out for line in (reports.table(report["table"]), reports.table(report["summary"])))
     assert "splits-tiny-batch-2-prompt-64-layers-2" in reports.page(tmp_path)
     assert [point.picked_by for point in plot.points(plot.read(path))] == [[], ["project"], [], ["absorb"]]
@@ -73,8 +73,8 @@ def test_what_is_predicted_is_the_step_that_was_measured(monkeypatch):
     monkeypatch.setattr(measuring, "load_or_measure", lambda *_: dataclasses.replace(SLOW, project=[(1, 1e-2)]))
     decoder, prompts = Decoder(random_model(CONFIG)), [[3] * 64, [4] * 64]
     streamed, held = splits.sweep(decoder, prompts, 3, 2, ["project"])
-    assert streamed["predicted_step_s"] == pytest.approx([2 * 64 * 3e-4] * 3)
-    assert held["predicted_step_s"] == pytest.approx([2 * (64e-2 + 3e-6) + 1e-3] * 3)
+    assert streamed["predicted_step_s"] == pytest.approx([2 * 64 * 3e-4] * 3 * splits.ROUNDS)
+    assert held["predicted_step_s"] == pytest.approx([2 * (64e-2 + 3e-6) + 1e-3] * 3 * splits.ROUNDS)
     assert streamed["two_phase_step_s"] == pytest.approx(2 * 64 * 3e-4 + 1e-3)
     assert held["two_phase_step_s"] == pytest.approx(2 * (64 * 1.5e-4 + 64e-2) + 1e-3)
 
@@ -88,6 +88,20 @@ def test_picks_that_are_no_points_are_measured_as_well(monkeypatch):
         (split, "absorb", ["absorb"] if split == 64 else []) for split in (0, 16, 32, 48, 64)
     ]
     assert [split for split, _, _ in places(sweep(monkeypatch, 9, ["absorb"], tokens=3))] == [0, 1, 2, 3]
+
+
+def test_splits_take_turns_and_each_keeps_the_steps_of_all_its_turns(monkeypatch):
+    turns = []
+
+    def numbered(decoder, prompts, steps, request):
+        turns.append(request.split)
+        return made_up(decoder, prompts, steps, request) | {"step_s": [float(len(turns))] * 2, "compile_s": len(turns)}
+
+    monkeypatch.setattr(decode, "measure", numbered)
+    results = splits.sweep(Decoder(random_model(CONFIG)), [[3] * 64, [4] * 64], 3, 2, ["absorb"])
+    assert turns == ["0", "64"] * 3
+    assert [result["step_s"] for result in results] == [[1, 1, 3, 3, 5, 5], [2, 2, 4, 4, 6, 6]]
+    assert [result["compile_s"] for result in results] == [1, 2]
 
 
 def test_a_pick_of_zero_is_marked_once_for_each_way(monkeypatch):
