@@ -5,11 +5,13 @@ and the host issues both:
 
     link_s(l)    = L/N · sum over copies (activations; keys, values) of what one of so many bytes takes
     compute_s(l) = L/N · (layer + (N - 1) · further layer) + L · sum over segments (what one of so many tokens adds)
-    issue_s(l)   = L/N · (call + (N - 1) · further layer + copies · copy) + L · segments · segment
-    step_s(l)    = max(link_s, compute_s + head, issue_s + head)
+                   + beside copies · link_s
+    issue_s(l)   = L/N · (call + (N - 1) · further layer + copies · copy) + L · segments · segment + 3 · call
+    step_s(l)    = max(link_s, compute_s + head, issue_s)
 
-since the window reaches over the ends of steps, and a short step is issued before the host has read the tokens of the
-one before it; a long one waits for that, which takes next to nothing of it.
+since kernels that read memory are slower while copies arrive there, what surrounds the layers are three calls (`head`
+on the device), the window reaches over the ends of steps, and a short step is issued before the host has read the
+tokens of the one before it; a long one waits for that, which takes next to nothing of it.
 
 Segments of one form and place count as if they were equally long. The layer that is measured without any has a tail of
 keys and values, so the tokens of such a tail add what they add to a segment, and not what any segment takes; a tail of
@@ -27,10 +29,11 @@ from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling.profile import Profile
 
 BUCKETS = 16  # split points tried, about
+HEAD_CALLS = 3  # that the host issues beside those of the layers: embedding, logits, the next token
 GROUP = 8  # layers at most: one call of so many is issued in less time than the device needs for it
 TIMES_OF = {  # sides of a step: the profile's times that make them up, and its curves
     "copies to the device": ("to_device",),
-    "compute": ("base_s", "further_s", "keys_values", "project", "absorb"),
+    "compute": ("base_s", "further_s", "keys_values", "project", "absorb", "beside_copies"),
     "dispatch": ("dispatch_s", "layer_dispatch_s", "segment_dispatch_s", "issue_s"),
 }
 
@@ -124,24 +127,24 @@ class Costs:
         sides = self.sides(held, recompute, engine)
         if engine == "sequential":
             return sum(sides.values()) + self.profile.head_s
-        return max(self._with_head(sides).values())
+        return max(self._ends(sides).values())
 
     def sides(self, held: Held, recompute: Recompute, engine: Engine) -> dict[str, float]:
-        """What all layers take of each thing that a step may be bound by; dispatch, where the host runs ahead."""
-        sides = {
-            "copies to the device": self.link_s(held),
-            "compute": self.compute_s(held, recompute),
-        }
-        if engine == "overlapped":
-            sides["dispatch"] = self.issue_s(held)
-        return {side: self.config.num_layers * seconds for side, seconds in sides.items()}
-
-    def _with_head(self, sides: dict[str, float]) -> dict[str, float]:
-        """These sides with what surrounds the layers, which copies go on beside."""
+        """What a step takes of each thing that it may be bound by, without the head; dispatch, where the host runs
+        ahead."""
+        layers = self.config.num_layers
+        link_s, compute_s = layers * self.link_s(held), layers * self.compute_s(held, recompute)
+        if engine == "sequential":
+            return {"copies to the device": link_s, "compute": compute_s}
         return {
-            side: seconds if side == "copies to the device" else seconds + self.profile.head_s
-            for side, seconds in sides.items()
+            "copies to the device": link_s,
+            "compute": compute_s + self.profile.beside_copies * link_s,
+            "dispatch": layers * self.issue_s(held) + HEAD_CALLS * self.profile.dispatch_s,
         }
+
+    def _ends(self, sides: dict[str, float]) -> dict[str, float]:
+        """When each of these sides is done: the device computes the head too, which copies go on beside."""
+        return sides | {"compute": sides["compute"] + self.profile.head_s}
 
     def slowed(self, held: Held, recompute: Recompute, engine: Engine, step_s: float) -> tuple["Costs", str]:
         """The cost model by which this step, which is predicted to take less, takes `step_s`; and what it blames.
@@ -149,7 +152,7 @@ class Costs:
         What the prediction is bound by is taken to be slower than profiled.
         """
         sides = self.sides(held, recompute, engine)
-        ends = sides if engine == "sequential" else self._with_head(sides)
+        ends = sides if engine == "sequential" else self._ends(sides)
         blamed = max(sides, key=lambda side: ends[side])
         times = 1 + (step_s - self.step_s(held, recompute, engine)) / sides[blamed]
         changes = {name: _longer(getattr(self.profile, name), times) for name in TIMES_OF[blamed]}

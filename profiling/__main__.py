@@ -71,7 +71,8 @@ def layer_rows(measured: Profile) -> list[dict[str, str]]:
         "the host issues one of several copies in": measured.issue_s,
         "compiling a layer": measured.compile_s,
     }
-    return [{"compute": name, "ms": f"{value * 1e3:.3f}"} for name, value in seconds.items()]
+    lines = [{"compute": name, "ms": f"{value * 1e3:.3f}"} for name, value in seconds.items()]
+    return [*lines, {"compute": "for each ms of copies beside it, longer by", "ms": f"{measured.beside_copies:.3f}"}]
 
 
 def default_dtype(model: str) -> str:

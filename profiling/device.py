@@ -121,6 +121,7 @@ class Device:
             layer_dispatch_s=self.dispatch_s,
             segment_dispatch_s=0.0,
             issue_s=self.issue_s,
+            beside_copies=0.0,
             compile_s=self.compile_s,
         )
 

@@ -54,6 +54,12 @@ def copies_s(way: Way, size: int, copies: int) -> float:
     return min(trials_s(in_a_row, TRIALS))
 
 
+def under_way(copies: int) -> list[jax.Array]:
+    """So many copies of the largest size to the device, issued together; what arrives."""
+    there = jax.block_until_ready(memory.to_host(_segment(SIZES[-1])))
+    return [memory.fetched([there])[0].x for _ in range(copies)]
+
+
 def issue_s() -> float:
     """Seconds that the host needs for each of the copies to the device that one call issues."""
     there = [memory.to_host(_segment(SIZES[1])) for _ in range(ISSUED)]

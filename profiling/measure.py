@@ -35,14 +35,17 @@ SHORT_BYTES = 2**30  # so many bytes in any form
 SHORT_SHARE = 16  # and one part in so many of the device's free memory: all segments together take a few times as much
 CALLS = 8  # dispatched together, as the engine does, at least
 SHORT_S = 0.01  # of those, at least
+TURNS = 5  # of those, with copies beside them and without
 LONG_S = 0.1  # more is measured by single calls, so that a slow machine is done in seconds too
-ENOUGH_S = 12.0  # then no further segments, and in the ways that no plan asks for one size only
+ENOUGH_S = 15.0  # then no further segments, and in the ways that no plan asks for one size only
 # Segments measured, by how many times as few tokens they have as the longest ones. Needed are the longest, and on a GPU
 # a shorter one in each form, which tells what any segment takes; the others come in this order. Projecting is no line:
-# each length gets the matrix product that suits it.
+# each length gets the matrix product that suits it, and of few rows reading its weights is what takes time.
 SHORTEST = 32
-NEEDED = (*((form, 1) for form in FORMS), ("keys_values", SHORTEST), ("absorb", SHORTEST), ("project", 4))
-SEGMENTS = (*NEEDED, ("project", SHORTEST), ("project", 8), ("project", 2), ("absorb", 4))
+NEEDED = (*((form, 1) for form in FORMS), ("keys_values", SHORTEST), ("absorb", SHORTEST))
+PROJECTED, PROJECTED_ROWS = 4, 1024  # in any case as well, or where this has fewer rows than that,
+PROJECTED_FEW = 16
+FURTHER = (("project", 8), ("project", 2), ("absorb", 4))
 
 Calls = Callable[[int], Any]  # issues the same so many times, and returns what to wait for
 
@@ -81,7 +84,11 @@ def measure(
     model = _some(abstract(dataclasses.replace(config, num_layers=several), dtype))
     token_bytes = several * batch * max(config.kv_width, config.activation_width) * jnp.dtype(dtype).itemsize
     short_bytes = min(SHORT_BYTES, memory.free_device_bytes() // SHORT_SHARE)
-    forms = [(form, tokens // times) for form, times in SEGMENTS]
+    projected = [("project", PROJECTED), ("project", PROJECTED_FEW)]
+    if batch * tokens // PROJECTED < PROJECTED_ROWS:
+        projected.reverse()
+    shares = [*NEEDED, *projected, *FURTHER]
+    forms = [(form, tokens // times) for form, times in shares]
     layers = {count: several if count * token_bytes <= short_bytes else 1 for _, count in forms}  # of a call
     shortest = "keys_values", tokens // (1 if on_cpu else SHORTEST)
     segments = _segments(model, batch, {(FORMS[form][0], count): layers[count] for form, count in forms})
@@ -100,12 +107,17 @@ def measure(
     measurements: dict[Any, Callable[[], float]] = {name: functools.partial(_run_s, of) for name, of in calls.items()}
     measurements |= {("dispatch", name): functools.partial(dispatch, name) for name in issued}
     measurements["issue"] = link.issue_s
-    optional = [of for of in SEGMENTS if of not in NEEDED or (on_cpu and of[1] > 1)]
+    optional = [of for of in shares if of not in (*NEEDED, projected[0]) or (on_cpu and of[1] > 1)]
     needed = {*measurements} - {(form, tokens // times) for form, times in optional}
     for way in get_args(link.Way):
         sizes = link.sizes(way)
         measurements |= {(way, size): functools.partial(link.copy_s, way, size) for size in sizes}
         needed |= {(way, size) for size in (sizes if way == "to_device" else sizes[:1])}
+    if not on_cpu:  # which copies by what computes
+        measurements["beside"] = lambda: _beside_copies(
+            calls["layers", several], measured["layers", several], measured["to_device", link.SIZES[-1]]
+        )
+        needed.add("beside")
     order = sorted(measurements, key=lambda name: name not in needed)
     for done, name in enumerate(order, start=1):
         if name in needed or time.perf_counter() - begin < ENOUGH_S:
@@ -149,6 +161,7 @@ def measure(
         layer_dispatch_s=further(measured["dispatch", ("layers", several)], dispatch_s),
         segment_dispatch_s=max(0.0, segments_s) / together,
         issue_s=measured["issue"],
+        beside_copies=measured.get("beside", 0.0),
         compile_s=max(0.0, statistics.median(compiled_s[of] - measured[of] for of in forms if of in compiled_s)),
     )
 
@@ -225,16 +238,19 @@ def _mlp(model: Model, batch: int) -> Calls:
 
 def _head(model: Model, batch: int) -> Calls:
     """What surrounds the layers in a step: embedding, logits and the next token."""
-    embedder, sampling = steps.split_module(model.embedder), Sampling()
+    (definition, params), sampling = steps.split_module(model.embedder), Sampling()
     place = memory.placed(Place(jnp.zeros(1, jnp.int32), None))
     keys, start = prompt_keys(0, [[0]] * batch), memory.placed((jnp.zeros(batch, jnp.int32), jnp.int32(0)))
+
+    @jax.jit  # as one function: the host issues three more slowly than the device is done with them
+    def head(params: steps.Params, tokens: Array, index: Array) -> tuple[Array, Array]:
+        h, _ = steps.embed(definition, params, tokens[:, None], place)
+        return steps.sample(steps.logits(definition, params, h), keys, index, sampling, choice=sampling.choice)
 
     def calls(count: int) -> Array:
         tokens, index = start
         for _ in range(count):
-            h, _ = steps.embed(*embedder, tokens[:, None], place)
-            logits = steps.logits(*embedder, h)
-            tokens, index = steps.sample(logits, keys, index, sampling, choice=sampling.choice)
+            tokens, index = head(params, tokens, index)
         return tokens
 
     return calls
@@ -253,6 +269,20 @@ def _run_s(calls: Calls) -> float:
     few = max(CALLS, math.ceil(SHORT_S / one_s))
     few_s, many_s = (min(trials_s(functools.partial(calls, count), 4, warm_up=1)) for count in (few, 2 * few))
     return added_s(few, few_s, 2 * few, many_s)
+
+
+def _beside_copies(calls: Calls, run_s: float, copy_s: float) -> float:
+    """Part of the time of copies to the device, of the largest size, by which what `calls` issues takes longer while
+    they are under way."""
+    count = max(CALLS, math.ceil(SHORT_S / run_s))
+    enough = math.ceil(1.5 * count * run_s / copy_s)
+    trials: dict[int, list[float]] = {0: [], enough: []}
+    for _ in range(TURNS):
+        for copies, seconds in trials.items():
+            arriving = link.under_way(copies)
+            seconds.append(trials_s(lambda: calls(count), trials=1, warm_up=0)[0])
+            jax.block_until_ready(arriving)
+    return max(0.0, statistics.median(trials[enough]) / statistics.median(trials[0]) - 1)
 
 
 def _dispatch_s(calls: Calls, run_s: float) -> float:

@@ -18,7 +18,7 @@ from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling import curves, link, nvidia
 from kvpr_jax.profiling.curves import Curve
 
-VERSION = 14  # of the file's meaning
+VERSION = 15  # of the file's meaning
 FORMS: dict[str, tuple[str, Recompute]] = {  # by their curves: how a segment is held, and what is done with it
     "keys_values": ("keys_values", "project"),
     "project": ("activations", "project"),
@@ -38,10 +38,12 @@ class Profile:
             least), and each further layer in one call.
         mlp_s: the MLP's part of one.
         keys_values, project, absorb: (tokens, seconds) that a segment of the cache adds to it in each form, by length.
-        head_s: embedding, logits and sampling of a step, of many in a row.
+        head_s: embedding, logits and sampling of a step on the device, of many in a row.
         dispatch_s, layer_dispatch_s: what the host needs to issue a layer step, and each further layer in one call.
         segment_dispatch_s: what it needs more for each segment of a layer's cache; measured as keys and values.
         issue_s: what it needs to issue one of several copies.
+        beside_copies: how much longer layers take for each second of copies to the device beside them, which share its
+            memory.
         compile_s: tracing and compiling a call of two layers with a segment, or of one on a CPU; a median.
     """
 
@@ -60,6 +62,7 @@ class Profile:
     layer_dispatch_s: float
     segment_dispatch_s: float
     issue_s: float
+    beside_copies: float
     compile_s: float
 
     def copy_s(self, nbytes: int) -> float:

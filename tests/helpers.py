@@ -69,6 +69,7 @@ def profile(**changes: object) -> Profile:
         layer_dispatch_s=1e-5,
         segment_dispatch_s=3e-6,
         issue_s=1e-5,
+        beside_copies=0.0,
         compile_s=0.5,
     )
     return dataclasses.replace(given, **changes)

@@ -59,7 +59,9 @@ def test_slowed_costs_predict_what_was_measured(
         to_device=[(1, 1 / bandwidth), (2**24, 2**24 / bandwidth)], dispatch_s=dispatch_s,
         keys_values=[(16, 1e-5), (512, 6e-5)], absorb=[(16, 5e-5), (512, 1e-4)],
     )  # fmt: skip
-    machine = dataclasses.replace(machine, layer_dispatch_s=dispatch_s / 3, further_s=machine.base_s / 2)
+    machine = dataclasses.replace(
+        machine, layer_dispatch_s=dispatch_s / 3, further_s=machine.base_s / 2, beside_copies=0.1
+    )
     costs = Costs(OPT, 4, 500, machine, group)
     held = Held(activations, keys_values, resident, tail, smaller), recompute, engine
     measured_s = times * costs.step_s(*held)
@@ -73,8 +75,9 @@ def test_slowed_costs_predict_what_was_measured(
         sides["dispatch"] = lambda c: c.issue_s(held[0])
 
     def ends_s(side):
-        alone = engine == "sequential" or side == "copies to the device"
-        return OPT.num_layers * sides[side](costs) + (0.0 if alone else machine.head_s)
+        more = {"copies to the device": 0.0, "dispatch": 3 * dispatch_s}
+        more["compute"] = 0.1 * OPT.num_layers * costs.link_s(held[0]) + machine.head_s
+        return OPT.num_layers * sides[side](costs) + (0.0 if engine == "sequential" else more[side])
 
     assert blamed == max(sides, key=ends_s)
     for side, seconds in sides.items():  # the others are as they were

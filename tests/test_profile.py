@@ -68,7 +68,7 @@ def test_a_measured_profile_is_plausible_and_read_back(monkeypatch, small):
     assert all(seconds > 0 for _, seconds in measured.to_device + measured.to_host + measured.both)
     assert [size for size, _ in measured.to_host] == [size for size, _ in measured.both] == [2**16, 2**20]
     assert measured.base_s > 0 and measured.head_s > 0 and measured.compile_s > measured.base_s
-    assert [tokens for tokens, _ in measured.project] == [2, 8, 16, 32, 64]
+    assert [tokens for tokens, _ in measured.project] == [4, 8, 16, 32, 64]
     assert [tokens for tokens, _ in measured.absorb] == [2, 16, 64]
     assert [tokens for tokens, _ in measured.keys_values] == [2, 64]
     assert 0 < measured.further_s <= measured.base_s
@@ -153,6 +153,23 @@ def test_no_copy_takes_longer_than_a_larger_one(seconds):
     assert all(smaller <= larger * (1 + 1e-9) for smaller, larger in itertools.pairwise(times))
     assert all(measured.copy_s(size) <= second * (1 + 1e-9) for size, second in zip(sizes, seconds, strict=True))
     assert measured.copy_s(2**26) == pytest.approx(seconds[-1])
+
+
+@pytest.mark.parametrize("beside_s, expected", [(1.1e-3, 0.1), (0.9e-3, 0.0)])
+def test_what_copies_take_from_layers_is_a_part_of_their_own_time(beside_s, expected, monkeypatch):
+    """Beside copies that take half as long again as the layers, of which 10 ms are issued."""
+    issued, arrived = [], []
+
+    def trials_s(function, trials, warm_up):
+        copies, count = issued[-1], function()
+        assert (trials, warm_up, arrived.count(copies)) == (1, 0, issued.count(copies) - 1)  # they are still under way
+        return [count * (beside_s if copies else 1e-3)]
+
+    monkeypatch.setattr(link, "under_way", lambda copies: issued.append(copies) or copies)
+    monkeypatch.setattr(jax, "block_until_ready", arrived.append)
+    monkeypatch.setattr(measuring, "trials_s", trials_s)
+    assert measuring._beside_copies(lambda count: count, 1e-3, 2e-3) == pytest.approx(expected)
+    assert issued == arrived == [0, 8] * measuring.TURNS
 
 
 def test_noise_is_no_time_of_a_copy(monkeypatch):
@@ -244,17 +261,19 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, ho
     monkeypatch.setattr(measuring, "_first_s", first_s)
     monkeypatch.setattr(measuring, "_run_s", lambda calls: events.append("measured") or calls.run_s)
     monkeypatch.setattr(measuring, "_dispatch_s", lambda calls, run_s: calls.dispatch_s + run_s / 1000)
+    monkeypatch.setattr(measuring, "_beside_copies", lambda calls, run_s, copy_s: run_s + copy_s)
+    monkeypatch.setattr(link, "copy_s", lambda way, size: size * 1e-9)
     for name in ("_mlp", "_head"):
         monkeypatch.setattr(measuring, name, lambda *_: Calls(*_))
     measured = measuring.measure(OPT, FLOAT32, 2)
-    all_lengths = {"project": [2, 8, 16, 32, 64], "absorb": [2, 16, 64], "keys_values": [2, 64]}
+    all_lengths = {"project": [4, 8, 16, 32, 64], "absorb": [2, 16, 64], "keys_values": [2, 64]}
     for form, (begin_s, token_s) in costs.items():
-        few = {"project": [16, 64]}.get(form, [2, 64]) if gpu else [64]
+        few = {"project": [4, 64]}.get(form, [2, 64]) if gpu else [64]
         lengths = all_lengths[form] if enough_s else few
         curve = getattr(measured, form)
         assert [tokens for tokens, _ in curve] == lengths
         assert [seconds for _, seconds in curve] == pytest.approx([max(0.0, begin_s + n * token_s) for n in lengths])
-    grouped = {n for n in (2, 8, 16, 32, 64) if gpu and n * measuring.SEVERAL * 2 * 88 * 4 <= several_bytes}
+    grouped = {n for n in (2, 4, 8, 16, 32, 64) if gpu and n * measuring.SEVERAL * 2 * 88 * 4 <= several_bytes}
     assert set(in_groups) == grouped
     assert (measured.compile_s, measured.base_s) == (pytest.approx(3.0), base_s)
     assert measured.further_s == pytest.approx(base_s / 2 if gpu else base_s)
@@ -262,6 +281,8 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, ho
     further_s = 3e-5 * host + base_s / 2000 if gpu else min(dispatch_s, base_s)
     dispatch_s = dispatch_s if gpu else min(dispatch_s, base_s)
     assert (measured.dispatch_s, measured.layer_dispatch_s) == pytest.approx((dispatch_s, further_s))
+    beside = base_s * 3 / 2 + link.SIZES[-1] * 1e-9  # of several layers, and a copy
+    assert measured.beside_copies == (pytest.approx(beside) if gpu else 0.0)
     segment_s = 1e-5 + (1e-4 + (2 if gpu else 64) * 1e-6) / 1000
     assert measured.segment_dispatch_s == pytest.approx(segment_s)
     curves_of = (measured.keys_values, measured.project, measured.absorb)

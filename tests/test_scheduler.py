@@ -79,6 +79,7 @@ def test_the_plan_is_the_best_of_those_that_fit(
         to_device=[(2**10, 5e-5), (small, 5e-5), (2**30, 2**30 / bandwidth)],
         keys_values=[(1, keys_values)], project=[(1, project)], absorb=[(1, absorb)],
         further_s=6e-5, dispatch_s=dispatch, layer_dispatch_s=further, segment_dispatch_s=segment, issue_s=issue_copy,
+        beside_copies=0.25,
     )  # fmt: skip
     request = Request(
         recompute=recompute, engine=engine, device_cache_gib=device_gib, host_cache_gib=host_gib, tail_tokens=64
@@ -99,7 +100,7 @@ def test_the_plan_is_the_best_of_those_that_fit(
         issue += ((split > 0) + (split < tokens) + (resident > 0)) * segment
         if engine == "sequential":
             return 32 * (link + compute) + 1e-3
-        return max(32 * link, 32 * compute + 1e-3, 32 * issue + 1e-3)
+        return max(32 * link, 32 * (compute + link / 4) + 1e-3, 32 * issue + 3 * dispatch)
 
     try:
         plan = make_plan(OPT_6_7B, float16, workload, request, machine, 4000 * GIB, 8000 * GIB)
