@@ -191,6 +191,7 @@ def test_a_run_with_flushes_is_set_beside_its_steady_states(monkeypatch, tmp_pat
     ]  # fmt: skip
     out = tmp_path / "report.json"
     monkeypatch.setattr(scheduler, "TAIL_TOKENS", (3, 3))
+    monkeypatch.setattr(scheduler, "TAIL_MOST", 3)
     setting = [*SETTING, "--new-tokens", "7", "--split", "0%", "--out", str(out)]
     assert decode.main(["--model", str(checkpoint.BUNDLED), *setting]) == 0
     report = json.loads(out.read_text())
