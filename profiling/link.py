@@ -14,7 +14,7 @@ Way = Literal["to_device", "to_host", "both"]
 
 MIB = 2**20
 SIZES = (MIB // 16, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
-TRIALS = 15
+TRIALS = 10
 UNDER_WAY = 4  # copies at once, about as many as an engine's window has: a link is slower where all are issued at once
 # Copies in a row, few and many: what the others add to the first ones is free of the cost of beginning.
 COPIES: dict[Way, tuple[int, int]] = {"to_device": (4, 20), "to_host": (4, 12), "both": (4, 12)}
