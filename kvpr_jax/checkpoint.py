@@ -130,12 +130,6 @@ def default_dtype(hf: Any) -> str:
     return stored_dtype(hf) if jax.default_backend() != "cpu" else "float32"
 
 
-def weights_bytes(config: ModelConfig, dtype: jnp.dtype) -> int:
-    """Bytes of the model's parameters, without making any."""
-    leaves = jax.tree.leaves(nnx.state(abstract(config, dtype)))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-
-
 def load_model(directory: Path, dtype: str | None = None, progress: Progress | None = None) -> Model:
     """The model in `directory`, on the default device.
 

@@ -7,6 +7,7 @@ what its checkpoints look like: `BASE`, the prefix of all tensors but the head's
 import dataclasses
 from types import ModuleType
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -75,3 +76,9 @@ def abstract(config: ModelConfig, dtype: jnp.dtype) -> Model:
     model.config = config
     model.layers = nnx.List([nnx.clone(model.layers[0]) for _ in range(config.num_layers)])
     return model
+
+
+def weights_bytes(config: ModelConfig, dtype: jnp.dtype) -> int:
+    """Bytes of the model's parameters, without making any."""
+    leaves = jax.tree.leaves(nnx.state(abstract(config, dtype)))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

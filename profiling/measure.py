@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from kvpr_jax import memory, steps
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.models import Model, abstract
+from kvpr_jax.models import Model, abstract, weights_bytes
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling import link
 from kvpr_jax.profiling.curves import Curve
@@ -39,12 +39,12 @@ TURNS = 5  # of those, with copies beside them and without
 LONG_S = 0.1  # more is measured by single calls, so that a slow machine is done in seconds too
 ENOUGH_S = 15.0  # then no further segments, and in the ways that no plan asks for one size only
 # Segments measured, by how many times as few tokens they have as the longest ones. Needed are the longest, and on a GPU
-# a shorter one in each form, which tells what any segment takes; the others come in this order. Projecting is no line:
-# each length gets the matrix product that suits it, and of few rows reading the weights is what takes time.
+# a shorter one where it tells what any segment takes beside its tokens; the others come in this order. Projecting is no
+# line: each length gets the matrix product that suits it, and of few rows reading the weights is what takes time.
 SHORTEST = 32
 NEEDED = (*((form, 1) for form in FORMS), ("keys_values", SHORTEST), ("absorb", SHORTEST))
-PROJECTED, PROJECTED_FEW, FEW_ROWS = 4, 16, 512  # one of the first two: the second, where it has fewer rows than that
-FURTHER = (("project", 4), ("project", 16), ("project", 8), ("project", 2), ("absorb", 4))
+FEW, FEW_ROWS = ("project", 16), 512  # needed as well, where it has fewer rows than that
+FURTHER = (("project", 4), FEW, ("project", 8), ("project", 2), ("absorb", 4))
 
 Calls = Callable[[int], Any]  # issues the same so many times, and returns what to wait for
 
@@ -78,13 +78,14 @@ def measure(
     """
     begin, compiled_s, measured = time.perf_counter(), dict[Any, float](), dict[Any, float]()
     on_cpu = memory.device_memory_is_host_memory()
-    probe, several = (PROBE_TOKENS_ON_CPU, 1) if on_cpu else (PROBE_TOKENS, SEVERAL)
+    probe = PROBE_TOKENS_ON_CPU if on_cpu else PROBE_TOKENS
     tokens = max(32, min(probe // batch, 2048))
+    some = dataclasses.replace(config, num_layers=SEVERAL)  # with segments and products to try they take twice that
+    several = 1 if on_cpu or 2 * weights_bytes(some, dtype) > memory.free_device_bytes() else SEVERAL
     model = _some(abstract(dataclasses.replace(config, num_layers=several), dtype))
     token_bytes = several * batch * max(config.kv_width, config.activation_width) * jnp.dtype(dtype).itemsize
     short_bytes = min(SHORT_BYTES, memory.free_device_bytes() // SHORT_SHARE)
-    projected = "project", PROJECTED_FEW if batch * tokens // PROJECTED_FEW < FEW_ROWS else PROJECTED
-    shares = dict.fromkeys([*NEEDED, projected, *FURTHER])
+    shares = [*NEEDED, *FURTHER]
     forms = [(form, tokens // times) for form, times in shares]
     layers = {count: several if count * token_bytes <= short_bytes else 1 for _, count in forms}  # of a call
     shortest = "keys_values", tokens // (1 if on_cpu else SHORTEST)
@@ -104,7 +105,8 @@ def measure(
     measurements: dict[Any, Callable[[], float]] = {name: functools.partial(_run_s, of) for name, of in calls.items()}
     measurements |= {("dispatch", name): functools.partial(dispatch, name) for name in issued}
     measurements["issue"] = link.issue_s
-    optional = [of for of in shares if of not in (*NEEDED, projected) or (on_cpu and of[1] > 1)]
+    at_least = [*NEEDED, FEW] if batch * tokens // FEW[1] < FEW_ROWS else NEEDED
+    optional = [of for of in shares if of not in at_least or (on_cpu and of[1] > 1)]
     needed = {*measurements} - {(form, tokens // times) for form, times in optional}
     for way in get_args(link.Way):
         sizes = link.sizes(way)

@@ -15,6 +15,7 @@ import pytest
 
 import helpers
 from kvpr_jax import checkpoint, costs, engines, memory, scheduler
+from kvpr_jax.models import weights_bytes
 from kvpr_jax.plan import Request
 from kvpr_jax.profiling import decode, link, matmul, plain, residency, settings
 from kvpr_jax.profiling import measure as measuring
@@ -303,7 +304,7 @@ def test_an_unknown_shape_is_one_line(capsys):
     "name, billions", [("opt-125m", 0.125), ("opt-1.3b", 1.316), ("opt-6.7b", 6.658), ("opt-30b", 29.975)]
 )
 def test_named_shapes_have_the_published_size(name, billions):
-    nbytes = checkpoint.weights_bytes(settings.shape(name, None), jnp.dtype("bfloat16"))
+    nbytes = weights_bytes(settings.shape(name, None), jnp.dtype("bfloat16"))
     assert nbytes / 2 / 1e9 == pytest.approx(billions, abs=0.001)
 
 

@@ -24,6 +24,7 @@ from kvpr_jax.command_line import (
     run,
 )
 from kvpr_jax.generate import Output, Stream, Until, encode
+from kvpr_jax.models import weights_bytes
 from kvpr_jax.plan import Plan
 from kvpr_jax.profiling import device, measure
 from kvpr_jax.profiling.report import table
@@ -203,8 +204,7 @@ def execute(arguments: argparse.Namespace) -> int:
             measured, elsewhere_bytes = device.given(arguments.profile, config, dtype, workload.batch)
         if not arguments.plan:
             elsewhere_bytes = None  # it runs here
-        weights_bytes = checkpoint.weights_bytes(config, dtype)
-        plan = plan_for(config, dtype, workload, request, weights_bytes, measured, elsewhere_bytes)
+        plan = plan_for(config, dtype, workload, request, weights_bytes(config, dtype), measured, elsewhere_bytes)
     result = {"model": arguments.model, "plan": plan.as_dict()}
     if arguments.plan:
         considered = candidates(plan)
