@@ -130,8 +130,8 @@ class Costs:
         return max(self._ends(sides).values())
 
     def sides(self, held: Held, recompute: Recompute, engine: Engine) -> dict[str, float]:
-        """What a step takes of each thing that it may be bound by, without the head; dispatch, where the host runs
-        ahead."""
+        """What a step takes of each thing that it may be bound by, without the device's time for the head; dispatch,
+        where the host runs ahead."""
         layers = self.config.num_layers
         link_s, compute_s = layers * self.link_s(held), layers * self.compute_s(held, recompute)
         if engine == "sequential":

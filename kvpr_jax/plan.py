@@ -25,7 +25,8 @@ class Request:
         offload: "all" of the cache on the host, "none", or "auto": what the device cannot hold.
         device_cache_gib: GiB of device memory for the cache; None: what is free.
         host_cache_gib: GiB of host memory for the cache, at most; None: what is free.
-        tail_tokens: new tokens gathered on the device before they are flushed; None: by size.
+        tail_tokens: new tokens gathered on the device before they are flushed; None: by size, and by how long
+            steps take to compile.
         prefill_tokens: bound on tokens of a chunk of sequences in prefill, and of the queries of one sequence.
     """
 

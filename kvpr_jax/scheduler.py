@@ -6,6 +6,7 @@ both budgets hold, it takes the one of least remaining time, compilation include
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Collection
 from typing import Any, get_args
@@ -24,7 +25,7 @@ TAIL_BYTES = 16 * 2**20  # a flushed segment should be this large: smaller copie
 TAIL_TOKENS = (64, 256)  # and have between these many tokens
 TAIL_COMPILES = 3  # but gather for so many times what the profile compiled took: the next group's functions are larger
 TAIL_MOST = 1024  # tokens at most, and two tails in
-TAIL_SHARE = 16  # one part in so many of the device's free memory
+TAIL_SHARE = 16  # one part in so many of the device's free memory, and no more than --device-cache-gib
 PREFILL_TOKENS = 32768  # tokens of a chunk of sequences, at most
 PREFILL_QUERIES = 2048  # tokens of one sequence that pass through attention and MLP at a time, at most
 PREFILL_QUERIES_LEAST = 64  # fewer would not fill the device
@@ -104,6 +105,30 @@ def make_plan(
         MemoryError: the plan needs more device or host memory than there is; names both figures and the flags that
             change them.
     """
+    planned = functools.partial(
+        _planned, config, dtype, workload, request, profile, free_device_bytes, free_host_bytes, compiled, elsewhere
+    )
+    plan = planned(request.tail_tokens)
+    lasting = 0 if request.tail_tokens else _lasting_tail(plan, request, free_device_bytes)
+    if lasting > plan.tail_tokens:
+        with contextlib.suppress(MemoryError):
+            plan = min(plan, planned(lasting), key=lambda plan: _run_s(plan, workload))
+    return plan
+
+
+def _planned(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    workload: Workload,
+    request: Request,
+    profile: Profile,
+    free_device_bytes: int,
+    free_host_bytes: int,
+    compiled: Collection[tuple[Any, ...]],
+    elsewhere: bool,
+    tail_tokens: int | None,
+) -> Plan:
+    """`make_plan` with so many tokens a tail; None: by size."""
     costs = Costs(config, jnp.dtype(dtype).itemsize, workload.batch, profile)
     recompute = _recompute(costs, workload, request)
     has_fused = fusible(dtype, config.head_dim) if elsewhere else fused(dtype, config.head_dim)
@@ -117,12 +142,12 @@ def make_plan(
     joined = _joined_layers(group)
     beside_bytes = max(prefill_bytes + (leaving + joined) * widest, step_bytes)
     usable = _usable(free_device_bytes) - beside_bytes
-    offloaded, resident, resident_flushes, tail = _residency(costs, workload, request, all_stays, usable)
+    offloaded, resident, resident_flushes, tail = _residency(costs, workload, request, tail_tokens, all_stays, usable)
     written = workload.total_tokens - workload.prompt_tokens
     flushes = max(0, written - 1) // tail if offloaded else 0  # a full tail leaves when the next token comes
     prompt = workload.prompt_tokens - resident
-    forced = 1 if request.split_tokens(workload.prompt_tokens) else 0  # a forced tail may be activations
-    tails_bytes = tail * max(costs.cache_bytes(0, 1), costs.cache_bytes(forced, 0))
+    forced = bool(request.split_tokens(workload.prompt_tokens))  # whose tails may be activations
+    tails_bytes = tail * _tail_token_bytes(costs, forced)
     tails_bytes *= 2 if flushes else 1  # while full ones leave, empty ones are there
     token_bytes = costs.cache_bytes(0, 1)
     resident_bytes = (resident + min(resident_flushes, flushes) * tail) * token_bytes
@@ -202,13 +227,6 @@ def make_plan(
             f"the device holds the prompt; {end.activations + end.keys_values} new tokens go to the host, "
             f"{end.activations} of them as activations"
         )
-    lasting = _lasting_tail(chosen, free_device_bytes)
-    if request.tail_tokens is None and chosen.flushes and lasting > tail:
-        longer = dataclasses.replace(request, tail_tokens=lasting)
-        with contextlib.suppress(MemoryError):
-            return make_plan(
-                config, dtype, workload, longer, profile, free_device_bytes, free_host_bytes, compiled, elsewhere
-            )
     return dataclasses.replace(chosen, reason=reason, unfit_splits=unfit)
 
 
@@ -249,7 +267,7 @@ def _usable(free_device_bytes: int) -> int:
 
 
 def _residency(
-    costs: Costs, workload: Workload, request: Request, all_stays: bool, usable: int
+    costs: Costs, workload: Workload, request: Request, tail_tokens: int | None, all_stays: bool, usable: int
 ) -> tuple[bool, int, int, int]:
     """Whether anything goes to the host, the prompt's tokens and the full tails that stay on the device, and the tokens
     of a tail.
@@ -257,13 +275,14 @@ def _residency(
     The device's budget is filled first, evenly in all layers, by the prompt's last tokens and then by new ones.
 
     Args:
+        tail_tokens: of a tail; None: by size.
         all_stays: whether there is room for all of the cache.
         usable: bytes that the cache may take on the device beside what prefill and a step need.
     """
     everything = max(1, workload.new_tokens - 1)  # a tail that is never flushed
     if all_stays or request.offload == "none":
         return False, workload.prompt_tokens, 0, everything
-    tail = min(request.tail_tokens or _tail_tokens(costs), everything)
+    tail = min(tail_tokens or _tail_tokens(costs), everything)
     if request.offload == "all" or request.split != "auto":
         return True, 0, 0, tail
     budget = usable if request.device_cache_gib is None else int(request.device_cache_gib * memory.GIB)
@@ -336,12 +355,30 @@ def _tail_tokens(costs: Costs) -> int:
     return min(most, max(least, 2 ** math.ceil(math.log2(TAIL_BYTES / costs.group_bytes(1, 0)))))
 
 
-def _lasting_tail(plan: Plan, free_device_bytes: int) -> int:
-    """Tokens of a tail that steps take long enough to fill: meanwhile the steps behind its flush are compiled."""
+def _lasting_tail(plan: Plan, request: Request, free_device_bytes: int) -> int:
+    """Tokens of a tail that steps take long enough to fill: meanwhile the steps behind its flush are compiled. 0 where
+    none is flushed."""
+    if not plan.flushes:
+        return 0
     least, _ = TAIL_TOKENS
     lasting = TAIL_COMPILES * plan.costs.profile.compile_s / plan.predicted_step_s
-    most = free_device_bytes / TAIL_SHARE / (2 * plan.costs.cache_bytes(0, 1))
+    room = free_device_bytes / TAIL_SHARE
+    if request.device_cache_gib is not None:
+        room = min(room, request.device_cache_gib * memory.GIB)
+    most = room / (2 * _tail_token_bytes(plan.costs, plan.forced and plan.split > 0))
     return min(math.ceil(lasting / least), math.floor(most / least), TAIL_MOST // least) * least
+
+
+def _run_s(plan: Plan, workload: Workload) -> float:
+    """All steps, as long as the first and the last one in the mean, and what they wait for the compiler at most."""
+    last_s = plan.step_s(plan.with_tail(plan.at_the_end(), plan.flushes))
+    wait_s = max(0.0, TAIL_COMPILES * plan.costs.profile.compile_s - plan.tail_tokens * plan.predicted_step_s)
+    return workload.new_tokens * (plan.predicted_step_s + last_s) / 2 + plan.flushes * wait_s
+
+
+def _tail_token_bytes(costs: Costs, may_be_activations: bool) -> int:
+    """Of a token of all layers' tails, in the larger form."""
+    return max(costs.cache_bytes(0, 1), costs.cache_bytes(1, 0) if may_be_activations else 0)
 
 
 def _step_bytes(costs: Costs, workload: Workload) -> int:

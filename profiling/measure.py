@@ -113,8 +113,9 @@ def measure(
         measurements |= {(way, size): functools.partial(link.copy_s, way, size) for size in sizes}
         needed |= {(way, size) for size in (sizes if way == "to_device" else sizes[:1])}
     if not on_cpu:  # which copies by what computes
+        copies = max(1, short_bytes // link.SIZES[-1])
         measurements["beside"] = lambda: _beside_copies(
-            calls["layers", several], measured["layers", several], measured["to_device", link.SIZES[-1]]
+            calls["layers", several], measured["layers", several], measured["to_device", link.SIZES[-1]], copies
         )
         needed.add("beside")
     order = sorted(measurements, key=lambda name: name not in needed)
@@ -270,11 +271,15 @@ def _run_s(calls: Calls) -> float:
     return added_s(few, few_s, 2 * few, many_s)
 
 
-def _beside_copies(calls: Calls, run_s: float, copy_s: float) -> float:
+def _beside_copies(calls: Calls, run_s: float, copy_s: float, most: int) -> float:
     """Part of the time of copies to the device, of the largest size, by which what `calls` issues takes longer while
-    they are under way."""
-    count = max(CALLS, math.ceil(SHORT_S / run_s))
-    enough = math.ceil(1.5 * count * run_s / copy_s)
+    they are under way.
+
+    Args:
+        most: copies, which the device holds all at once.
+    """
+    enough = min(most, math.ceil(1.5 * max(CALLS * run_s, SHORT_S) / copy_s))
+    count = max(1, int(enough * copy_s / 1.5 / run_s))
     trials: dict[int, list[float]] = {0: [], enough: []}
     for _ in range(TURNS):
         for copies, seconds in trials.items():

@@ -117,8 +117,8 @@ Then the steps, by the cost model. Small errors of what hides behind the link le
 
 {steps}
 
-With the cache on the host, the error is {median} in the median and {most} at most; the step that gave the time to issue
-a layer is met by construction.
+With the cache on the host, the error is {median} in the median and {most} at most: that of the smallest steps, which
+the host could not issue faster.
 """
 
 

@@ -57,10 +57,13 @@ def sweep(
 
 
 def joined(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What was measured of one setting in each round, as one: the steps of all, and else what the first one says, which
-    compiled."""
+    """What was measured of one setting in each round, as one: the steps of all, what they compiled or waited for, and
+    else what the first one says, which compiled before them."""
     lists = [name for name, value in rounds[0].items() if isinstance(value, list)]
-    return rounds[0] | {name: [value for each in rounds for value in each[name]] for name in lists}
+    return rounds[0] | {name: [value for each in rounds for value in each[name]] for name in lists} | {
+        "recompiled": sum(each["recompiled"] for each in rounds),
+        "longest_wait_s": max(each["longest_wait_s"] for each in rounds),
+    }  # fmt: skip
 
 
 def error(result: dict[str, Any]) -> float:

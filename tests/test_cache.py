@@ -123,6 +123,21 @@ def test_segments_grow_with_the_logarithm_of_the_tokens_and_lose_none(split):
             np.testing.assert_array_equal(first, np.broadcast_to(np.asarray(segment.slots), first.shape))
 
 
+def test_a_step_is_predicted_by_the_segments_there_are():
+    """Half of the prompt in each form and flushed tails behind it, the first two of which stay on the device; the third
+    and its followers do not, and become one with the fourth of them."""
+    cache = new_cache(0)
+    cache.plan = dataclasses.replace(cache.plan, resident_flushes=2)
+    counts = []
+    for _ in range(2 + MERGE + 1):
+        grow(cache, 1)
+        counts.append(cache._read().segments)
+    assert counts == [(0, 1, 1), (0, 1, 2), *[(0, 1 + tails, 2) for tails in range(1, MERGE)], (0, 2, 2), (0, 3, 2)]
+    cache = new_cache(PROMPT)
+    grow(cache, 2)
+    assert cache._read().segments == (3, 0, 0)
+
+
 def test_a_link_that_stays_slow_is_told_once_and_later_tails_are_smaller():
     """Keys and values at first, since projecting is dear here. Behind the next tail, which may be compiled for already,
     what was measured says otherwise."""

@@ -156,21 +156,24 @@ def test_no_copy_takes_longer_than_a_larger_one(seconds):
     assert measured.copy_s(2**26) == pytest.approx(seconds[-1])
 
 
-@pytest.mark.parametrize("beside_s, expected", [(1.1e-3, 0.1), (0.9e-3, 0.0)])
-def test_what_copies_take_from_layers_is_a_part_of_their_own_time(beside_s, expected, monkeypatch):
-    """Beside copies that take half as long again as the layers, of which 10 ms are issued."""
+@pytest.mark.parametrize(
+    "beside_s, most, calls, expected", [(1.1e-3, 9, 10, 0.1), (9e-4, 9, 10, 0.0), (1.1e-3, 3, 4, 0.1)]
+)
+def test_what_copies_take_from_layers_is_a_part_of_their_own_time(beside_s, most, calls, expected, monkeypatch):
+    """Beside copies that take half as long again as the layers, of which 10 ms are issued if `most` allows it."""
     issued, arrived = [], []
 
     def trials_s(function, trials, warm_up):
         copies, count = issued[-1], function()
         assert (trials, warm_up, arrived.count(copies)) == (1, 0, issued.count(copies) - 1)  # they are still under way
+        assert count == calls
         return [count * (beside_s if copies else 1e-3)]
 
     monkeypatch.setattr(link, "under_way", lambda copies: issued.append(copies) or copies)
     monkeypatch.setattr(jax, "block_until_ready", arrived.append)
     monkeypatch.setattr(measuring, "trials_s", trials_s)
-    assert measuring._beside_copies(lambda count: count, 1e-3, 2e-3) == pytest.approx(expected)
-    assert issued == arrived == [0, 8] * measuring.TURNS
+    assert measuring._beside_copies(lambda count: count, 1e-3, 2e-3, most) == pytest.approx(expected)
+    assert issued == arrived == [0, min(8, most)] * measuring.TURNS
 
 
 def test_noise_is_no_time_of_a_copy(monkeypatch):
@@ -268,7 +271,7 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, ho
     monkeypatch.setattr(measuring, "_first_s", first_s)
     monkeypatch.setattr(measuring, "_run_s", lambda calls: events.append("measured") or calls.run_s)
     monkeypatch.setattr(measuring, "_dispatch_s", lambda calls, run_s: calls.dispatch_s + run_s / 1000)
-    monkeypatch.setattr(measuring, "_beside_copies", lambda calls, run_s, copy_s: run_s + copy_s)
+    monkeypatch.setattr(measuring, "_beside_copies", lambda calls, run_s, copy_s, most: run_s + copy_s + most)
     monkeypatch.setattr(link, "copy_s", lambda way, size: size * 1e-9)
     for name in ("_mlp", "_head"):
         monkeypatch.setattr(measuring, name, lambda *_: Calls(*_))
@@ -288,13 +291,23 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, ho
     dispatch_s = dispatch_s if gpu else min(dispatch_s, base_s)
     further_s = 3e-5 * host + base_s / 2000 if several > 1 else dispatch_s
     assert (measured.dispatch_s, measured.layer_dispatch_s) == pytest.approx((dispatch_s, further_s))
-    beside = base_s * (several + 1) / 2 + link.SIZES[-1] * 1e-9  # of several layers, and a copy
+    most = max(1, min(measuring.SHORT_BYTES, free // measuring.SHORT_SHARE) // link.SIZES[-1])
+    beside = base_s * (several + 1) / 2 + link.SIZES[-1] * 1e-9 + most  # of several layers, a copy, copies at once
     assert measured.beside_copies == (pytest.approx(beside) if gpu else 0.0)
     segment_s = 1e-5 + (1e-4 + (2 if gpu else 64) * 1e-6) / 1000
     assert measured.segment_dispatch_s == pytest.approx(segment_s)
     curves_of = (measured.keys_values, measured.project, measured.absorb)
     others = len({1, several}) + 2  # layers alone, the MLP, the head
     assert events == ["compiled", "measured"] * (others + sum(map(len, curves_of)))  # nothing compiled in vain
+
+
+def test_a_tail_lengthens_one_of_several_segments():
+    curve = [(10, 1.0), (20, 2.0), (30, 6.0)]
+    for form in ("keys_values", "project", "absorb"):
+        machine = profile(**{form: curve})
+        assert machine.segments_s(form, 20, 2) == 1 + 1
+        assert machine.segments_s(form, 20, 2, tail=20) == 6 + 1
+        assert machine.segments_s(form, 0, 0, tail=10) == 2 - 1
 
 
 def test_a_layer_takes_what_its_group_and_its_segments_do():

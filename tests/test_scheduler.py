@@ -1,6 +1,7 @@
 """Plans as a pure function of profile, model and workload: against brute force, and refused if they do not fit."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import pytest
@@ -224,7 +225,7 @@ def test_a_tail_makes_a_copy_of_sixteen_mebibytes_with_all_layers_of_its_group(b
 
 @pytest.mark.parametrize("new, compile_s, free_gib, tail", [
     (2000, 0.1, 100, 256), (2000, 1.9, 100, 384), (2000, 9.0, 100, 1024),
-    (2000, 9.0, 10, 640), (2000, 9.0, 3, 256),  # two tails of 0.5 MiB a token in a sixteenth, but no less than without
+    (2000, 9.0, 10.5, 640), (2000, 9.0, 3, 256),  # two tails of 0.5 MiB a token in a sixteenth, no less than without
     (380, 1.9, 100, 379), (200, 1.9, 100, 199),  # never flushed
 ])  # fmt: skip
 def test_a_tail_lasts_until_the_steps_behind_its_flush_are_compiled(new, compile_s, free_gib, tail):
@@ -232,8 +233,61 @@ def test_a_tail_lasts_until_the_steps_behind_its_flush_are_compiled(new, compile
     machine = dataclasses.replace(H200, compile_s=compile_s)
     workload, request = Workload(1, 8, new), Request("100%", "absorb", offload="all")
     for asked, expected in ((request, tail), (dataclasses.replace(request, tail_tokens=7), 7)):
-        plan = make_plan(OPT_6_7B, jnp.dtype("bfloat16"), workload, asked, machine, free_gib * GIB, 100 * GIB)
+        free = int(free_gib * GIB)
+        plan = make_plan(OPT_6_7B, jnp.dtype("bfloat16"), workload, asked, machine, free, 100 * GIB)
         assert plan.tail_tokens == expected and plan.flushes == (new - 2) // expected
+
+
+@pytest.mark.parametrize("cap_gib, compile_s, tail", [
+    (0.9, 9.0, 896), (0.7, 9.0, 704), (0.4, 9.0, 384), (0.3, 9.0, 256),  # two of 0.5 MiB a token
+    (0.7, 2.4, 256),  # steps would take longer for more than they would wait: less would stay beside the tail
+])  # fmt: skip
+def test_longer_tails_stay_within_the_devices_budget_and_pay(cap_gib, compile_s, tail):
+    machine = dataclasses.replace(H200, compile_s=compile_s)
+    workload = Workload(1, 512, 1400)
+
+    def plan_of(tail):
+        request = Request(device_cache_gib=cap_gib, tail_tokens=tail)
+        return make_plan(OPT_6_7B, jnp.dtype("bfloat16"), workload, request, machine, 60 * GIB, 100 * GIB)
+
+    def run_s(tail):
+        plan = plan_of(tail)
+        last_s = plan.step_s(dataclasses.replace(plan.at_the_end(), tail=tail))
+        wait_s = max(0.0, 3 * compile_s - tail * plan.predicted_step_s)
+        return 1400 * (plan.predicted_step_s + last_s) / 2 + plan.flushes * wait_s
+
+    assert plan_of(None) == plan_of(tail)
+    lasting = math.ceil(3 * compile_s / plan_of(256).predicted_step_s / 64) * 64
+    allowed = {256, max(256, min(lasting, int(cap_gib * 1024) // 64 * 64))}
+    assert tail == min(allowed, key=run_s)
+
+
+@pytest.mark.parametrize("free_gib, tail", [(1.2, 1024), (1.0, 256)])
+def test_a_longer_tail_that_does_not_fit_is_not_taken(free_gib, tail, monkeypatch):
+    """Two of it would take all there is."""
+    monkeypatch.setattr(scheduler, "TAIL_SHARE", 1)
+    machine = dataclasses.replace(H200, compile_s=9.0)
+    workload, request, free = Workload(1, 8, 2000), Request("100%", "absorb"), int(free_gib * GIB)
+    plan = make_plan(OPT_6_7B, jnp.dtype("bfloat16"), workload, request, machine, free, 100 * GIB)
+    assert plan.tail_tokens == tail
+
+
+def test_tails_of_wide_activations_take_no_more_of_the_device_either():
+    """With grouped queries those of a forced split are wider than keys and values: here 600 numbers for 40."""
+    gqa = dataclasses.replace(GQA, hidden_size=600, max_positions=4096)
+    request, workload = Request("100%", "project"), Workload(2, 16, 2000)
+    free = 2**28
+    plan = plan_for(gqa, workload, request, device=free, given=profile(compile_s=9.0))
+    assert plan.tail_tokens == free // 16 // (2 * gqa.num_layers * 2 * 600 * 4) // 64 * 64
+
+
+def test_the_form_of_new_tokens_does_not_depend_on_the_segments_of_others():
+    """Host memory is planned without knowing them; to project is free in many small segments here, and dear in one."""
+    machine = dataclasses.replace(H200, project=[(10, 0.0), (20, 0.0), (1024, 100.0)])
+    request = Request(offload="all", recompute="project", tail_tokens=64)
+    plan = make_plan(OPT_6_7B, jnp.dtype("float16"), Workload(32, 1024, 1025), request, machine, 900 * GIB, 900 * GIB)
+    counts = (1, 1, 1), (40, 1, 1), (1, 40, 1)
+    assert not any(plan.holds_activations_next(Held(512, 512, segments=of), left=9) for of in counts)
 
 
 @pytest.mark.parametrize("free_gib, group", [(100, 8), (20, 4), (10, 2), (6, 1)])

@@ -41,6 +41,8 @@ def made_up(decoder, prompts, steps, request) -> dict:
         "plan": plan,
         "step_s": [slower * plan["predicted_step_s"]] * steps,
         "predicted_step_s": [plan["predicted_step_s"]] * steps,
+        "recompiled": 0,
+        "longest_wait_s": 0.0,
     }
 
 
@@ -95,13 +97,17 @@ def test_splits_take_turns_and_each_keeps_the_steps_of_all_its_turns(monkeypatch
 
     def numbered(decoder, prompts, steps, request):
         turns.append(request.split)
-        return made_up(decoder, prompts, steps, request) | {"step_s": [float(len(turns))] * 2, "compile_s": len(turns)}
+        turn = len(turns)
+        waits = {"compile_s": turn, "recompiled": turn, "longest_wait_s": 1 / turn}
+        return made_up(decoder, prompts, steps, request) | waits | {"step_s": [float(turn)] * 2}
 
     monkeypatch.setattr(decode, "measure", numbered)
     results = splits.sweep(Decoder(random_model(CONFIG)), [[3] * 64, [4] * 64], 3, 2, ["absorb"])
     assert turns == ["0", "64"] * 3
     assert [result["step_s"] for result in results] == [[1, 1, 3, 3, 5, 5], [2, 2, 4, 4, 6, 6]]
     assert [result["compile_s"] for result in results] == [1, 2]
+    assert [result["recompiled"] for result in results] == [1 + 3 + 5, 2 + 4 + 6]
+    assert [result["longest_wait_s"] for result in results] == [1, 1 / 2]
 
 
 def test_a_pick_of_zero_is_marked_once_for_each_way(monkeypatch):
