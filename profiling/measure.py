@@ -36,7 +36,7 @@ SHORT_SHARE = 16  # and one part in so many of the device's free memory: all seg
 CALLS = 8  # dispatched together, as the engine does, at least
 SHORT_S = 0.01  # of those, at least
 TURNS = 5  # of those, with copies beside them and without
-LONG_S = 0.1  # more is measured by single calls, so that a slow machine is done in seconds too
+LONG_S = 0.1  # more is measured by single calls, and one that takes so long once: a slow machine is done in seconds too
 ENOUGH_S = 15.0  # then no further segments, and in the ways that no plan asks for one size only
 # Segments measured, by how many times as few tokens they have as the longest ones. Needed are the longest, and on a GPU
 # a shorter one where it tells what any segment takes beside its tokens; the others come in this order. Projecting is no
@@ -263,7 +263,10 @@ def _first_s(calls: Calls) -> float:
 
 def _run_s(calls: Calls) -> float:
     """Seconds to run once what `calls` issues; it is compiled."""
-    one_s = min(trials_s(lambda: calls(1), trials=2, warm_up=0))
+    (once_s,) = trials_s(lambda: calls(1), trials=1, warm_up=0)
+    if once_s >= LONG_S:
+        return once_s
+    one_s = min(once_s, *trials_s(lambda: calls(1), trials=2, warm_up=0))
     if CALLS * one_s >= LONG_S:
         return one_s
     few = max(CALLS, math.ceil(SHORT_S / one_s))

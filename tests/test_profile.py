@@ -356,12 +356,13 @@ def test_no_segment_takes_longer_than_a_longer_one(seconds):
     assert all(0 <= shorter <= longer * (1 + 1e-9) + 1e-15 for shorter, longer in itertools.pairwise(times))
 
 
-def test_long_steps_are_measured_by_single_calls(monkeypatch):
-    asked, seconds = [], iter([0.5, 0.4])
+@pytest.mark.parametrize("seconds", [[0.5], [0.09, 0.07, 0.08]])
+def test_long_steps_are_measured_by_single_calls(seconds, monkeypatch):
+    asked, left = [], iter(seconds)
     monkeypatch.setattr(
-        measuring, "trials_s", lambda function, trials, warm_up: [function() or next(seconds) for _ in range(trials)]
+        measuring, "trials_s", lambda function, trials, warm_up: [function() or next(left) for _ in range(trials)]
     )
-    assert measuring._run_s(asked.append) == 0.4 and asked == [1, 1]
+    assert measuring._run_s(asked.append) == min(seconds) and asked == [1] * len(seconds)
 
 
 @pytest.mark.parametrize("call_s, calls", [(0.01, 8), (0.001, 10), (0.0001, 100)])
@@ -371,10 +372,11 @@ def test_of_short_steps_counts_what_each_adds_to_others(call_s, calls, monkeypat
 
     def trials_s(function, trials=2, warm_up=2):
         function()
-        return [call_s / 2 + asked[-1] * call_s / 2] * (trials - 1) + [1.0]  # half of the first call is its beginning
+        seconds = call_s / 2 + asked[-1] * call_s / 2  # half of the first call is its beginning
+        return [seconds, *[1.0] * (trials - 1)]
 
     monkeypatch.setattr(measuring, "trials_s", trials_s)
-    assert measuring._run_s(asked.append) == pytest.approx(call_s / 2) and asked == [1, calls, 2 * calls]
+    assert measuring._run_s(asked.append) == pytest.approx(call_s / 2) and asked == [1, 1, calls, 2 * calls]
 
 
 def test_issuing_takes_the_median_of_its_trials():
