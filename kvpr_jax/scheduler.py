@@ -6,7 +6,6 @@ both budgets hold, it takes the one of least remaining time, compilation include
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Collection
 from typing import Any, get_args
@@ -105,30 +104,6 @@ def make_plan(
         MemoryError: the plan needs more device or host memory than there is; names both figures and the flags that
             change them.
     """
-    planned = functools.partial(
-        _planned, config, dtype, workload, request, profile, free_device_bytes, free_host_bytes, compiled, elsewhere
-    )
-    plan = planned(request.tail_tokens)
-    lasting = 0 if request.tail_tokens else _lasting_tail(plan, request, free_device_bytes)
-    if lasting > plan.tail_tokens:
-        with contextlib.suppress(MemoryError):
-            plan = min(plan, planned(lasting), key=lambda plan: _run_s(plan, workload))
-    return plan
-
-
-def _planned(
-    config: ModelConfig,
-    dtype: jnp.dtype,
-    workload: Workload,
-    request: Request,
-    profile: Profile,
-    free_device_bytes: int,
-    free_host_bytes: int,
-    compiled: Collection[tuple[Any, ...]],
-    elsewhere: bool,
-    tail_tokens: int | None,
-) -> Plan:
-    """`make_plan` with so many tokens a tail; None: by size."""
     costs = Costs(config, jnp.dtype(dtype).itemsize, workload.batch, profile)
     recompute = _recompute(costs, workload, request)
     has_fused = fusible(dtype, config.head_dim) if elsewhere else fused(dtype, config.head_dim)
@@ -142,64 +117,8 @@ def _planned(
     joined = _joined_layers(group)
     beside_bytes = max(prefill_bytes + (leaving + joined) * widest, step_bytes)
     usable = _usable(free_device_bytes) - beside_bytes
-    offloaded, resident, resident_flushes, tail = _residency(costs, workload, request, tail_tokens, all_stays, usable)
-    written = workload.total_tokens - workload.prompt_tokens
-    flushes = max(0, written - 1) // tail if offloaded else 0  # a full tail leaves when the next token comes
-    prompt = workload.prompt_tokens - resident
     forced = bool(request.split_tokens(workload.prompt_tokens))  # whose tails may be activations
-    tails_bytes = tail * _tail_token_bytes(costs, forced)
-    tails_bytes *= 2 if flushes else 1  # while full ones leave, empty ones are there
-    token_bytes = costs.cache_bytes(0, 1)
-    resident_bytes = (resident + min(resident_flushes, flushes) * tail) * token_bytes
-
-    def device_bytes(leaving_bytes: int, layer_bytes: int) -> int:
-        """Beside the weights, while so many bytes a layer leave in prefill or while a last step reads so many."""
-        staying_bytes = costs.host_bytes(0, resident)
-        filling = config.num_layers * staying_bytes + leaving * leaving_bytes + joined * (leaving_bytes + staying_bytes)
-        stepping = tails_bytes + window_bytes(group * layer_bytes) + step_bytes
-        return max(filling + prefill_bytes, resident_bytes + max(stepping, _merging_bytes(costs, tail, flushes)))
-
-    limit = free_host_bytes
-    if one_memory:
-        limit -= device_bytes(widest, costs.host_bytes(0, workload.total_tokens))
-    if request.host_cache_gib is not None:
-        limit = min(limit, int(request.host_cache_gib * memory.GIB))
-
-    def plan_of(split: int) -> Plan:
-        held = Held(split, prompt - split, resident)
-        plan = Plan(
-            batch=workload.batch,
-            group=group,
-            split=held.activations,
-            cached_tokens=workload.prompt_tokens,
-            resident_tokens=resident,
-            resident_flushes=min(resident_flushes, flushes),
-            offloaded=offloaded,
-            recompute=recompute,
-            engine=request.engine,
-            activation_share=split / prompt if prompt else 0.0,
-            forced=request.split != "auto",
-            tail_tokens=tail,
-            flushes=flushes,
-            prefill_sequences=sequences,
-            prefill_queries=queries,
-            host_bytes=0,
-            host_limit_bytes=limit,
-            device_bytes=0,
-            host_bytes_per_step=costs.cache_bytes(held.activations, held.keys_values),
-            predicted_step_s=0.0,
-            reason="",
-            unfit_splits=(),
-            costs=costs,
-        )
-        end = plan.at_the_end()
-        layer_bytes = costs.host_bytes(end.activations, end.keys_values)
-        return dataclasses.replace(
-            plan,
-            host_bytes=config.num_layers * layer_bytes,
-            device_bytes=device_bytes(costs.host_bytes(held.activations, held.keys_values), layer_bytes),
-            predicted_step_s=plan.step_s(plan.with_tail(held, 0)),
-        )
+    tail_token_bytes = max(costs.cache_bytes(0, 1), costs.cache_bytes(int(forced), 0))
 
     def shortage(plan: Plan) -> str:
         return _shortage(plan, request, free_device_bytes, free_host_bytes, one_memory)
@@ -208,26 +127,97 @@ def _planned(
         compile_s = 0.0 if plan.step_shape in compiled else profile.compile_s
         return max(1, workload.new_tokens - 1) * plan.predicted_step_s + compile_s
 
-    splits, reason = _splits(costs, workload, request, offloaded, prompt)
-    plans = [plan_of(split) for split in splits]
-    fitting = [plan for plan in plans if not shortage(plan)]
-    if not fitting:
-        raise MemoryError(shortage(min(plans, key=lambda plan: plan.host_bytes)))
-    chosen = min(fitting, key=remaining_s)
-    unfit = tuple(plan.split for plan in plans if plan not in fitting)
-    if not reason:
-        reason = "streaming keys and values is predicted to be fastest here"
-        if chosen.split:
-            reason = f"holding {chosen.split} of {prompt} tokens as activations is predicted to be fastest"
-        if unfit:
-            reason += f"; {len(unfit)} of {len(plans)} splits do not fit the memory"
-    if offloaded and not prompt:
-        end = chosen.at_the_end()
-        reason = (
-            f"the device holds the prompt; {end.activations + end.keys_values} new tokens go to the host, "
-            f"{end.activations} of them as activations"
+    def planned(tail_tokens: int | None) -> Plan:
+        """With so many tokens a tail; None: by size."""
+        offloaded, resident, resident_flushes, tail = _residency(
+            costs, workload, request, tail_tokens, all_stays, usable
         )
-    return dataclasses.replace(chosen, reason=reason, unfit_splits=unfit)
+        written = workload.total_tokens - workload.prompt_tokens
+        flushes = max(0, written - 1) // tail if offloaded else 0  # a full tail leaves when the next token comes
+        prompt = workload.prompt_tokens - resident
+        tails_bytes = tail * tail_token_bytes
+        tails_bytes *= 2 if flushes else 1  # while full ones leave, empty ones are there
+        token_bytes = costs.cache_bytes(0, 1)
+        resident_bytes = (resident + min(resident_flushes, flushes) * tail) * token_bytes
+
+        def device_bytes(leaving_bytes: int, layer_bytes: int) -> int:
+            """Beside the weights, while so many bytes a layer leave in prefill or while a last step reads so many."""
+            staying_bytes = costs.host_bytes(0, resident)
+            filling = (
+                config.num_layers * staying_bytes + leaving * leaving_bytes + joined * (leaving_bytes + staying_bytes)
+            )
+            stepping = tails_bytes + window_bytes(group * layer_bytes) + step_bytes
+            return max(filling + prefill_bytes, resident_bytes + max(stepping, _merging_bytes(costs, tail, flushes)))
+
+        limit = free_host_bytes
+        if one_memory:
+            limit -= device_bytes(widest, costs.host_bytes(0, workload.total_tokens))
+        if request.host_cache_gib is not None:
+            limit = min(limit, int(request.host_cache_gib * memory.GIB))
+
+        def plan_of(split: int) -> Plan:
+            held = Held(split, prompt - split, resident)
+            plan = Plan(
+                batch=workload.batch,
+                group=group,
+                split=held.activations,
+                cached_tokens=workload.prompt_tokens,
+                resident_tokens=resident,
+                resident_flushes=min(resident_flushes, flushes),
+                offloaded=offloaded,
+                recompute=recompute,
+                engine=request.engine,
+                activation_share=split / prompt if prompt else 0.0,
+                forced=request.split != "auto",
+                tail_tokens=tail,
+                flushes=flushes,
+                prefill_sequences=sequences,
+                prefill_queries=queries,
+                host_bytes=0,
+                host_limit_bytes=limit,
+                device_bytes=0,
+                host_bytes_per_step=costs.cache_bytes(held.activations, held.keys_values),
+                predicted_step_s=0.0,
+                reason="",
+                unfit_splits=(),
+                costs=costs,
+            )
+            end = plan.at_the_end()
+            layer_bytes = costs.host_bytes(end.activations, end.keys_values)
+            return dataclasses.replace(
+                plan,
+                host_bytes=config.num_layers * layer_bytes,
+                device_bytes=device_bytes(costs.host_bytes(held.activations, held.keys_values), layer_bytes),
+                predicted_step_s=plan.step_s(plan.with_tail(held, 0)),
+            )
+
+        splits, reason = _splits(costs, workload, request, offloaded, prompt)
+        plans = [plan_of(split) for split in splits]
+        fitting = [plan for plan in plans if not shortage(plan)]
+        if not fitting:
+            raise MemoryError(shortage(min(plans, key=lambda plan: plan.host_bytes)))
+        chosen = min(fitting, key=remaining_s)
+        unfit = tuple(plan.split for plan in plans if plan not in fitting)
+        if not reason:
+            reason = "streaming keys and values is predicted to be fastest here"
+            if chosen.split:
+                reason = f"holding {chosen.split} of {prompt} tokens as activations is predicted to be fastest"
+            if unfit:
+                reason += f"; {len(unfit)} of {len(plans)} splits do not fit the memory"
+        if offloaded and not prompt:
+            end = chosen.at_the_end()
+            reason = (
+                f"the device holds the prompt; {end.activations + end.keys_values} new tokens go to the host, "
+                f"{end.activations} of them as activations"
+            )
+        return dataclasses.replace(chosen, reason=reason, unfit_splits=unfit)
+
+    plan = planned(request.tail_tokens)
+    lasting = 0 if request.tail_tokens else _lasting_tail(plan, request, free_device_bytes, tail_token_bytes)
+    if lasting > plan.tail_tokens:
+        with contextlib.suppress(MemoryError):
+            plan = min(plan, planned(lasting), key=lambda plan: _run_s(plan, workload))
+    return plan
 
 
 def _in_groups(
@@ -355,7 +345,7 @@ def _tail_tokens(costs: Costs) -> int:
     return min(most, max(least, 2 ** math.ceil(math.log2(TAIL_BYTES / costs.group_bytes(1, 0)))))
 
 
-def _lasting_tail(plan: Plan, request: Request, free_device_bytes: int) -> int:
+def _lasting_tail(plan: Plan, request: Request, free_device_bytes: int, token_bytes: int) -> int:
     """Tokens of a tail that steps take long enough to fill: meanwhile the steps behind its flush are compiled. 0 where
     none is flushed."""
     if not plan.flushes:
@@ -365,7 +355,7 @@ def _lasting_tail(plan: Plan, request: Request, free_device_bytes: int) -> int:
     room = free_device_bytes / TAIL_SHARE
     if request.device_cache_gib is not None:
         room = min(room, request.device_cache_gib * memory.GIB)
-    most = room / (2 * _tail_token_bytes(plan.costs, plan.forced and plan.split > 0))
+    most = room / (2 * token_bytes)
     return min(math.ceil(lasting / least), math.floor(most / least), TAIL_MOST // least) * least
 
 
@@ -374,11 +364,6 @@ def _run_s(plan: Plan, workload: Workload) -> float:
     last_s = plan.step_s(plan.with_tail(plan.at_the_end(), plan.flushes))
     wait_s = max(0.0, TAIL_COMPILES * plan.costs.profile.compile_s - plan.tail_tokens * plan.predicted_step_s)
     return workload.new_tokens * (plan.predicted_step_s + last_s) / 2 + plan.flushes * wait_s
-
-
-def _tail_token_bytes(costs: Costs, may_be_activations: bool) -> int:
-    """Of a token of all layers' tails, in the larger form."""
-    return max(costs.cache_bytes(0, 1), costs.cache_bytes(1, 0) if may_be_activations else 0)
 
 
 def _step_bytes(costs: Costs, workload: Workload) -> int:

@@ -80,5 +80,9 @@ def abstract(config: ModelConfig, dtype: jnp.dtype) -> Model:
 
 def weights_bytes(config: ModelConfig, dtype: jnp.dtype) -> int:
     """Bytes of the model's parameters, without making any."""
-    leaves = jax.tree.leaves(nnx.state(abstract(config, dtype)))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return nbytes(abstract(config, dtype))
+
+
+def nbytes(module: nnx.Module) -> int:
+    """Bytes of a module's parameters, which may be shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))

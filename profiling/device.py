@@ -23,12 +23,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.models import Model, abstract
+from kvpr_jax.models import Model, abstract, nbytes
 from kvpr_jax.profiling import link, profile
 from kvpr_jax.profiling.profile import Profile
 
@@ -215,14 +213,10 @@ class Weights:
         layer = model.layers[0]
         projected = layer.attention.projected_dims
         return cls(
-            layer_bytes=_nbytes(layer),
-            mlp_bytes=_nbytes(layer.mlp),
-            head_bytes=_nbytes(model.embedder.tokens),  # the head is as large, where it is not the same
-            model_bytes=_nbytes(model.embedder) + config.num_layers * _nbytes(layer),
+            layer_bytes=nbytes(layer),
+            mlp_bytes=nbytes(layer.mlp),
+            head_bytes=nbytes(model.embedder.tokens),  # the head is as large, where it is not the same
+            model_bytes=nbytes(model.embedder) + config.num_layers * nbytes(layer),
             projected_dims=projected,
             reads=1 if projected == config.head_dim else 2,
         )
-
-
-def _nbytes(module: nnx.Module) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
