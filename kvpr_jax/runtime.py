@@ -148,7 +148,7 @@ class Decoder:
         if cache.full:
             cache.flush()
         place = cache.place
-        h, slots = steps.embed(*self.embedder, tokens[:, None], place)
+        h, slots = steps.embed(*self.embedder, tokens, place)
         cache.place = Place(slots, place.start)
         cache.length += 1
         if cache.written == math.ceil(cache.plan.tail_tokens * PREPARE_AT) and cache.flushes < cache.plan.flushes:

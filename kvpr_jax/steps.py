@@ -88,10 +88,14 @@ def _precision(array: Array) -> contextlib.AbstractContextManager[Any]:
 
 @functools.partial(jax.jit, static_argnames=("definition",))
 def embed(
-    definition: Definition, params: Params, tokens: Int[Array, "B Q"], place: Place
+    definition: Definition, params: Params, tokens: Int[Array, " B"] | Int[Array, "B Q"], place: Place
 ) -> tuple[Float[Array, "B Q D"], Int[Array, " 1"]]:
-    """Hidden states of tokens at `place`, and the slot behind them, which so never has to be uploaded."""
+    """Hidden states of tokens at `place`, and the slot behind them, which so never has to be uploaded.
+
+    A step's tokens, one a sequence, get their second axis here: by a call of its own it would take the host as long.
+    """
     embedder = definition.module(params)
+    tokens = tokens.reshape(tokens.shape[0], -1)
     with _precision(jax.tree.leaves(params["others"])[0]):
         return embedder.encode(tokens, place), place.slots[-1:] + 1
 

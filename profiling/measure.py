@@ -33,10 +33,13 @@ PROBE_SLOT = 2**20  # the first of these, behind any segment
 SEVERAL = 2  # layers of a call on a GPU, as they go in groups, where a segment of all of them has no more than
 SHORT_BYTES = 2**30  # so many bytes in any form
 SHORT_SHARE = 16  # and one part in so many of the device's free memory: all segments together take a few times as much
-CALLS = 8  # dispatched together, as the engine does, at least
-SHORT_S = 0.01  # of those, at least
-TURNS = 5  # of those, with copies beside them and without
-LONG_S = 0.1  # more is measured by single calls, and one that takes so long once: a slow machine is done in seconds too
+AHEAD_S = 0.01  # so long a GPU is busy before it comes to the calls measured: the host has issued them by then
+AHEAD_BYTES = 2**28  # read and written meanwhile, again and again
+QUEUED, QUEUED_S = 24, 0.025  # calls behind that, at most
+LONG_S = 0.1  # what takes so long is measured once: a slow machine is done in seconds too
+CALLS = 8  # whose issuing is measured, dispatched together as the engine does
+BESIDE_S = 0.01  # of calls with copies beside them and without, at least
+TURNS = 5  # of those
 ENOUGH_S = 15.0  # then no further segments, and in the ways that no plan asks for one size only
 # Segments measured, by how many times as few tokens they have as the longest ones. Needed are the longest, and on a GPU
 # a shorter one where it tells what any segment takes beside its tokens; the others come in this order. Projecting is no
@@ -102,7 +105,10 @@ def measure(
     def dispatch(name: Any) -> float:
         return _dispatch_s(calls[name], measured[name])
 
-    measurements: dict[Any, Callable[[], float]] = {name: functools.partial(_run_s, of) for name, of in calls.items()}
+    ahead = _ahead()
+    measurements: dict[Any, Callable[[], float]] = {
+        name: functools.partial(_run_s, of, ahead) for name, of in calls.items()
+    }
     measurements |= {("dispatch", name): functools.partial(dispatch, name) for name in issued}
     measurements["issue"] = link.issue_s
     at_least = [*NEEDED, FEW] if batch * tokens // FEW[1] < FEW_ROWS else NEEDED
@@ -244,7 +250,7 @@ def _head(model: Model, batch: int) -> Calls:
 
     @jax.jit  # as one function: the host issues three more slowly than the device is done with them
     def head(params: steps.Params, tokens: Array, index: Array) -> tuple[Array, Array]:
-        h, _ = steps.embed(definition, params, tokens[:, None], place)
+        h, _ = steps.embed(definition, params, tokens, place)
         return steps.sample(steps.logits(definition, params, h), keys, index, sampling, choice=sampling.choice)
 
     def calls(count: int) -> Array:
@@ -261,17 +267,33 @@ def _first_s(calls: Calls) -> float:
     return trials_s(lambda: calls(1), trials=1, warm_up=0)[0]
 
 
-def _run_s(calls: Calls) -> float:
-    """Seconds to run once what `calls` issues; it is compiled."""
+def _ahead() -> Callable[[], Any]:
+    """What keeps a GPU busy for `AHEAD_S`. On a CPU nothing does: calls may return there when they are done."""
+    if memory.device_memory_is_host_memory():
+        return lambda: None
+    negated, numbers = jax.jit(jnp.negative, donate_argnums=0), memory.placed(jnp.ones(AHEAD_BYTES // 4, jnp.float32))
+
+    def calls(count: int) -> Array:
+        nonlocal numbers
+        for _ in range(count):
+            numbers = negated(numbers)
+        return numbers
+
+    one_s = min(trials_s(lambda: calls(CALLS))) / CALLS
+    return lambda: calls(math.ceil(AHEAD_S / one_s))
+
+
+def _run_s(calls: Calls, ahead: Callable[[], Any]) -> float:
+    """Seconds to run once what `calls` issues; it is compiled.
+
+    A GPU is busy with what is `ahead` meanwhile, so that what the host takes to issue them is no part of it.
+    """
     (once_s,) = trials_s(lambda: calls(1), trials=1, warm_up=0)
     if once_s >= LONG_S:
         return once_s
-    one_s = min(once_s, *trials_s(lambda: calls(1), trials=2, warm_up=0))
-    if CALLS * one_s >= LONG_S:
-        return one_s
-    few = max(CALLS, math.ceil(SHORT_S / one_s))
-    few_s, many_s = (min(trials_s(functools.partial(calls, count), 4, warm_up=1)) for count in (few, 2 * few))
-    return added_s(few, few_s, 2 * few, many_s)
+    count = max(1, min(QUEUED, int(QUEUED_S / once_s)))
+    ahead_s, both_s = (min(trials_s(of, 4, warm_up=0)) for of in (ahead, lambda: (ahead(), calls(count))))
+    return (both_s - ahead_s) / count if both_s > ahead_s else once_s
 
 
 def _beside_copies(calls: Calls, run_s: float, copy_s: float, most: int) -> float:
@@ -281,7 +303,7 @@ def _beside_copies(calls: Calls, run_s: float, copy_s: float, most: int) -> floa
     Args:
         most: copies, which the device holds all at once.
     """
-    enough = min(most, math.ceil(1.5 * max(CALLS * run_s, SHORT_S) / copy_s))
+    enough = min(most, math.ceil(1.5 * max(CALLS * run_s, BESIDE_S) / copy_s))
     count = max(1, int(enough * copy_s / 1.5 / run_s))
     trials: dict[int, list[float]] = {0: [], enough: []}
     for _ in range(TURNS):

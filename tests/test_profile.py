@@ -39,6 +39,7 @@ def key():
 def small(monkeypatch):
     monkeypatch.setattr(link, "SIZES", (2**16, 2**20, 2**22))
     monkeypatch.setattr(measuring, "PROBE_TOKENS_ON_CPU", 128)
+    monkeypatch.setattr(measuring, "AHEAD_BYTES", 2**20)
 
 
 @pytest.fixture
@@ -269,7 +270,7 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, ho
     monkeypatch.setattr(measuring.memory, "device_memory_is_host_memory", lambda: not gpu)
     monkeypatch.setattr(measuring, "_layers", Calls)
     monkeypatch.setattr(measuring, "_first_s", first_s)
-    monkeypatch.setattr(measuring, "_run_s", lambda calls: events.append("measured") or calls.run_s)
+    monkeypatch.setattr(measuring, "_run_s", lambda calls, ahead: events.append("measured") or calls.run_s)
     monkeypatch.setattr(measuring, "_dispatch_s", lambda calls, run_s: calls.dispatch_s + run_s / 1000)
     monkeypatch.setattr(measuring, "_beside_copies", lambda calls, run_s, copy_s, most: run_s + copy_s + most)
     monkeypatch.setattr(link, "copy_s", lambda way, size: size * 1e-9)
@@ -356,27 +357,63 @@ def test_no_segment_takes_longer_than_a_longer_one(seconds):
     assert all(0 <= shorter <= longer * (1 + 1e-9) + 1e-15 for shorter, longer in itertools.pairwise(times))
 
 
-@pytest.mark.parametrize("seconds", [[0.5], [0.09, 0.07, 0.08]])
-def test_long_steps_are_measured_by_single_calls(seconds, monkeypatch):
-    asked, left = [], iter(seconds)
-    monkeypatch.setattr(
-        measuring, "trials_s", lambda function, trials, warm_up: [function() or next(left) for _ in range(trials)]
-    )
-    assert measuring._run_s(asked.append) == min(seconds) and asked == [1] * len(seconds)
+class Queue:
+    """A device that takes what `ahead` and `calls` issue in the order of their issue, on a clock of its own; the host
+    takes so long to issue each call, and goes on meanwhile."""
+
+    def __init__(self, call_s, host_s, noise_s=(), ahead_s=measuring.AHEAD_S):
+        self.call_s, self.host_s, self.ahead_s, self.noise_s = call_s, host_s, ahead_s, iter(noise_s)
+        self.issued_s = self.done_s = 0.0
+        self.asked = []
+
+    def ahead(self):
+        self.done_s += self.ahead_s
+
+    def calls(self, count):
+        self.asked.append(count)
+        for _ in range(count):
+            self.issued_s += self.host_s
+            self.done_s = max(self.done_s, self.issued_s) + self.call_s
+
+    def trials_s(self, function, trials=5, warm_up=2):
+        seconds = []
+        for _ in range(trials):
+            self.issued_s = self.done_s = 0.0
+            function()
+            seconds.append(self.done_s + next(self.noise_s, 0.0))
+        return seconds
 
 
-@pytest.mark.parametrize("call_s, calls", [(0.01, 8), (0.001, 10), (0.0001, 100)])
-def test_of_short_steps_counts_what_each_adds_to_others(call_s, calls, monkeypatch):
-    """What is between the first call and the device is no step's, however long it takes."""
-    asked = []
+@pytest.mark.parametrize("call_s, host_s, asked", [
+    (0.5, 0.0, [1]), (0.1, 0.0, [1]),  # once
+    (0.03, 1e-4, [1] * 5), (0.01, 1e-4, [1] + [2] * 4), (1e-4, 2e-5, [1] + [24] * 4), (1e-4, 4e-4, [1] + [24] * 4),
+])  # fmt: skip
+def test_a_call_takes_what_the_device_does_however_slow_the_host_is(call_s, host_s, asked, monkeypatch):
+    queue = Queue(call_s, host_s)
+    monkeypatch.setattr(measuring, "trials_s", queue.trials_s)
+    assert measuring._run_s(queue.calls, queue.ahead) == pytest.approx(call_s) and queue.asked == asked
 
-    def trials_s(function, trials=2, warm_up=2):
-        function()
-        seconds = call_s / 2 + asked[-1] * call_s / 2  # half of the first call is its beginning
-        return [seconds, *[1.0] * (trials - 1)]
 
-    monkeypatch.setattr(measuring, "trials_s", trials_s)
-    assert measuring._run_s(asked.append) == pytest.approx(call_s / 2) and asked == [1, 1, calls, 2 * calls]
+@pytest.mark.parametrize("noise_s, expected", [
+    ([0, 0, 1, 1, 1, 2, 0, 2, 2], 1e-3), ([0] + [0.03] * 4, 1.2e-3)
+])  # fmt: skip
+def test_of_several_trials_the_shortest_counts_and_what_is_noise_is_no_time(noise_s, expected, monkeypatch):
+    queue = Queue(1e-3, 2e-4, noise_s)
+    monkeypatch.setattr(measuring, "trials_s", queue.trials_s)
+    assert measuring._run_s(queue.calls, queue.ahead) == pytest.approx(expected)
+
+
+def test_a_gpu_is_busy_ahead_of_what_is_measured(monkeypatch):
+    """By so many calls as take `AHEAD_S`; on a CPU by none."""
+    assert measuring._ahead()() is None
+    issued = []
+    monkeypatch.setattr(measuring.memory, "device_memory_is_host_memory", lambda: False)
+    monkeypatch.setattr(measuring, "AHEAD_BYTES", 64)
+    monkeypatch.setattr(measuring, "trials_s", lambda function: [function().size, 0.008])
+    monkeypatch.setattr(jax, "jit", lambda function, donate_argnums: lambda x: issued.append(x.nbytes) or function(x))
+    ahead = measuring._ahead()
+    assert issued == [64] * measuring.CALLS and ahead().shape == (16,)
+    assert len(issued) == measuring.CALLS + 10
 
 
 def test_issuing_takes_the_median_of_its_trials():
