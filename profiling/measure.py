@@ -14,6 +14,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.stages import Compiled, Lowered
 from jaxtyping import Array
 
 from kvpr_jax import memory, steps
@@ -49,7 +50,31 @@ NEEDED = (*((form, 1) for form in FORMS), ("keys_values", SHORTEST), ("absorb", 
 FEW, FEW_ROWS = ("project", 16), 512  # needed as well, where it has fewer rows than that
 FURTHER = (("project", 4), FEW, ("project", 8), ("project", 2), ("absorb", 4))
 
-Calls = Callable[[int], Any]  # issues the same so many times, and returns what to wait for
+Issue = Callable[[int], Any]  # issues the same so many times, and returns what to wait for
+
+
+@dataclasses.dataclass
+class Calls:
+    """Calls of one function, which is compiled by itself, as it is for a decode step on a GPU.
+
+    Attributes:
+        lower: traces it.
+        issue: issues so many of them, each with what the one before gave, and returns what to wait for.
+    """
+
+    lower: Callable[[], Lowered]
+    issue: Callable[[Compiled, int], Any]
+    compiled: Compiled | None = None
+
+    def compile_s(self) -> float:
+        """Seconds to trace and compile it."""
+        begin = time.perf_counter()
+        self.compiled = self.lower().compile()
+        return time.perf_counter() - begin
+
+    def __call__(self, count: int) -> Any:
+        assert self.compiled is not None
+        return self.issue(self.compiled, count)
 
 
 def load_or_measure(
@@ -128,7 +153,7 @@ def measure(
     for done, name in enumerate(order, start=1):
         if name in needed or time.perf_counter() - begin < ENOUGH_S:
             if name in calls:
-                compiled_s[name] = _first_s(calls[name])
+                compiled_s[name] = calls[name].compile_s()
             measured[name] = measurements[name]()
         if progress is not None:
             progress(done, len(order))
@@ -168,7 +193,7 @@ def measure(
         segment_dispatch_s=max(0.0, segments_s) / together,
         issue_s=measured["issue"],
         beside_copies=measured.get("beside", 0.0),
-        compile_s=max(0.0, statistics.median(compiled_s[of] - measured[of] for of in forms if of in compiled_s)),
+        compile_s=statistics.median(compiled_s[of] for of in forms if of in compiled_s),
     )
 
 
@@ -222,16 +247,15 @@ def _layers(
     tail = memory.placed(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots))
     turns = itertools.cycle([(segment,) for segment in segments] or [()])
 
-    def calls(count: int) -> Array:
+    def issue(compiled: Compiled, count: int) -> Array:
         nonlocal tail
         out = h
         for _ in range(count):
-            out, tail = steps.decode_layers(
-                definition, params[:layers], out, next(turns), tail, place, recompute=recompute
-            )
+            out, tail = compiled(params[:layers], out, next(turns), tail, place)
         return out
 
-    return calls
+    arguments = params[:layers], h, tuple(segments[:1]), tail, place
+    return Calls(lambda: steps.decode_layers.lower(definition, *arguments, recompute=recompute), issue)
 
 
 def _mlp(model: Model, batch: int) -> Calls:
@@ -239,7 +263,7 @@ def _mlp(model: Model, batch: int) -> Calls:
     definition, params = steps.split_module(model.layers[0].mlp)
     h = memory.placed(jnp.ones((batch, 1, model.config.hidden_size), model.dtype))
     run = jax.jit(lambda params, h: definition.module(params)(h))
-    return lambda count: [run(params, h) for _ in range(count)]
+    return Calls(lambda: run.lower(params, h), lambda compiled, count: [compiled(params, h) for _ in range(count)])
 
 
 def _head(model: Model, batch: int) -> Calls:
@@ -253,18 +277,13 @@ def _head(model: Model, batch: int) -> Calls:
         h, _ = steps.embed(definition, params, tokens, place)
         return steps.sample(steps.logits(definition, params, h), keys, index, sampling, choice=sampling.choice)
 
-    def calls(count: int) -> Array:
+    def issue(compiled: Compiled, count: int) -> Array:
         tokens, index = start
         for _ in range(count):
-            tokens, index = head(params, tokens, index)
+            tokens, index = compiled(params, tokens, index)
         return tokens
 
-    return calls
-
-
-def _first_s(calls: Calls) -> float:
-    """Seconds of the first call, which traces and compiles."""
-    return trials_s(lambda: calls(1), trials=1, warm_up=0)[0]
+    return Calls(lambda: head.lower(params, *start), issue)
 
 
 def _ahead() -> Callable[[], Any]:
@@ -283,12 +302,13 @@ def _ahead() -> Callable[[], Any]:
     return lambda: calls(math.ceil(AHEAD_S / one_s))
 
 
-def _run_s(calls: Calls, ahead: Callable[[], Any]) -> float:
-    """Seconds to run once what `calls` issues; it is compiled.
+def _run_s(calls: Issue, ahead: Callable[[], Any]) -> float:
+    """Seconds to run once what `calls` issues; it is compiled, and has not run before.
 
     A GPU is busy with what is `ahead` meanwhile, so that what the host takes to issue them is no part of it.
     """
-    (once_s,) = trials_s(lambda: calls(1), trials=1, warm_up=0)
+    first = 0 if memory.device_memory_is_host_memory() else 1  # a GPU may load what it needs meanwhile
+    (once_s,) = trials_s(lambda: calls(1), trials=1, warm_up=first)
     if once_s >= LONG_S:
         return once_s
     count = max(1, min(QUEUED, int(QUEUED_S / once_s)))
@@ -296,7 +316,7 @@ def _run_s(calls: Calls, ahead: Callable[[], Any]) -> float:
     return (both_s - ahead_s) / count if both_s > ahead_s else once_s
 
 
-def _beside_copies(calls: Calls, run_s: float, copy_s: float, most: int) -> float:
+def _beside_copies(calls: Issue, run_s: float, copy_s: float, most: int) -> float:
     """Part of the time of copies to the device, of the largest size, by which what `calls` issues takes longer while
     they are under way.
 
@@ -314,7 +334,7 @@ def _beside_copies(calls: Calls, run_s: float, copy_s: float, most: int) -> floa
     return max(0.0, statistics.median(trials[enough]) / statistics.median(trials[0]) - 1)
 
 
-def _dispatch_s(calls: Calls, run_s: float) -> float:
+def _dispatch_s(calls: Issue, run_s: float) -> float:
     """Seconds that the host needs to issue a call which takes `run_s` on the device."""
     if CALLS * run_s >= LONG_S:
         return issued_s(lambda: calls(1), trials=1)

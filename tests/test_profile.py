@@ -240,7 +240,7 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, ho
     class Calls:
         def __init__(self, model, batch, segments=(), recompute="project", layers=1):
             self.run_s = base_s + (layers - 1) * base_s / 2
-            self.compile_s = 3.0 if segments else 1.0  # what the layers share is compiled with the first of them
+            self.segments = segments
             self.dispatch_s = host * (1e-4 + 3e-5 * layers)
             if segments:
                 segment = segments[0]
@@ -253,9 +253,9 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, ho
                 shortest = isinstance(segment, KeysValues) and segment.tokens == (2 if gpu else 64)
                 assert len({id(segment.slots) for segment in segments}) == len(segments) == 1 + shortest
 
-    def first_s(calls):
-        events.append("compiled")
-        return calls.compile_s + calls.run_s
+        def compile_s(self):
+            events.append("compiled")
+            return 3.0 if self.segments else 1.0  # what the layers share is compiled with the first of them
 
     monkeypatch.setattr(measuring, "ENOUGH_S", enough_s)
     monkeypatch.setattr(measuring, "SHORT_BYTES", several_bytes if limit == "in all" else 2**40)
@@ -269,7 +269,6 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, ho
     monkeypatch.setattr(measuring, "FEW_ROWS", 9 if few_rows else 8)
     monkeypatch.setattr(measuring.memory, "device_memory_is_host_memory", lambda: not gpu)
     monkeypatch.setattr(measuring, "_layers", Calls)
-    monkeypatch.setattr(measuring, "_first_s", first_s)
     monkeypatch.setattr(measuring, "_run_s", lambda calls, ahead: events.append("measured") or calls.run_s)
     monkeypatch.setattr(measuring, "_dispatch_s", lambda calls, run_s: calls.dispatch_s + run_s / 1000)
     monkeypatch.setattr(measuring, "_beside_copies", lambda calls, run_s, copy_s, most: run_s + copy_s + most)
@@ -377,11 +376,11 @@ class Queue:
 
     def trials_s(self, function, trials=5, warm_up=2):
         seconds = []
-        for _ in range(trials):
+        for _ in range(warm_up + trials):
             self.issued_s = self.done_s = 0.0
             function()
             seconds.append(self.done_s + next(self.noise_s, 0.0))
-        return seconds
+        return seconds[warm_up:]
 
 
 @pytest.mark.parametrize("call_s, host_s, asked", [
@@ -401,6 +400,15 @@ def test_of_several_trials_the_shortest_counts_and_what_is_noise_is_no_time(nois
     queue = Queue(1e-3, 2e-4, noise_s)
     monkeypatch.setattr(measuring, "trials_s", queue.trials_s)
     assert measuring._run_s(queue.calls, queue.ahead) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("gpu, asked", [(True, [1] * 2 + [11] * 4), (False, [1])])
+def test_the_first_call_on_a_gpu_is_not_taken_for_a_long_one(gpu, asked, monkeypatch):
+    queue = Queue(2e-3, 2e-4, noise_s=[0.5])
+    monkeypatch.setattr(measuring, "trials_s", queue.trials_s)
+    monkeypatch.setattr(measuring.memory, "device_memory_is_host_memory", lambda: not gpu)
+    seconds = measuring._run_s(queue.calls, queue.ahead)
+    assert seconds == pytest.approx(2e-3 if gpu else 0.5022) and queue.asked == asked
 
 
 def test_a_gpu_is_busy_ahead_of_what_is_measured(monkeypatch):
