@@ -198,19 +198,8 @@ def make_plan(
             raise MemoryError(shortage(min(plans, key=lambda plan: plan.host_bytes)))
         chosen = min(fitting, key=remaining_s)
         unfit = tuple(plan.split for plan in plans if plan not in fitting)
-        if not reason:
-            reason = "streaming keys and values is predicted to be fastest here"
-            if chosen.split:
-                reason = f"holding {chosen.split} of {prompt} tokens as activations is predicted to be fastest"
-            if unfit:
-                reason += f"; {len(unfit)} of {len(plans)} splits do not fit the memory"
-        if offloaded and not prompt:
-            end = chosen.at_the_end()
-            reason = (
-                f"the device holds the prompt; {end.activations + end.keys_values} new tokens go to the host, "
-                f"{end.activations} of them as activations"
-            )
-        return dataclasses.replace(chosen, reason=reason, unfit_splits=unfit)
+        chosen = dataclasses.replace(chosen, unfit_splits=unfit)
+        return dataclasses.replace(chosen, reason=_reason(chosen, len(plans), reason))
 
     plan = planned(request.tail_tokens)
     lasting = 0 if request.tail_tokens else _lasting_tail(plan, request, free_device_bytes, tail_token_bytes)
@@ -301,6 +290,25 @@ def _splits(costs: Costs, workload: Workload, request: Request, offloaded: bool,
             f"({config.kv_width}); all of the cache is streamed"
         )  # fmt: skip
     return buckets(prompt), ""
+
+
+def _reason(chosen: Plan, tried: int, only: str) -> str:
+    """Why this plan, of so many splits; `only`: why there was but one to choose from, empty if there were more."""
+    prompt = chosen.cached_tokens - chosen.resident_tokens
+    if chosen.offloaded and not prompt:
+        end = chosen.at_the_end()
+        return (
+            f"the device holds the prompt; {end.activations + end.keys_values} new tokens go to the host, "
+            f"{end.activations} of them as activations"
+        )
+    if only:
+        return only
+    reason = "streaming keys and values is predicted to be fastest here"
+    if chosen.split:
+        reason = f"holding {chosen.split} of {prompt} tokens as activations is predicted to be fastest"
+    if chosen.unfit_splits:
+        reason += f"; {len(chosen.unfit_splits)} of {tried} splits do not fit the memory"
+    return reason
 
 
 def _shortage(plan: Plan, request: Request, free_device_bytes: int, free_host_bytes: int, one_memory: bool) -> str:

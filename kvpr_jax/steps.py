@@ -92,7 +92,7 @@ def embed(
 ) -> tuple[Float[Array, "B Q D"], Int[Array, " 1"]]:
     """Hidden states of tokens at `place`, and the slot behind them, which so never has to be uploaded.
 
-    A step's tokens, one a sequence, get their second axis here: by a call of its own it would take the host as long.
+    A step's tokens, one a sequence, get their second axis here: the host would need as long for another call.
     """
     embedder = definition.module(params)
     tokens = tokens.reshape(tokens.shape[0], -1)

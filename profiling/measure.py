@@ -14,7 +14,6 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.stages import Compiled, Lowered
 from jaxtyping import Array
 
 from kvpr_jax import memory, steps
@@ -50,31 +49,8 @@ NEEDED = (*((form, 1) for form in FORMS), ("keys_values", SHORTEST), ("absorb", 
 FEW, FEW_ROWS = ("project", 16), 512  # needed as well, where it has fewer rows than that
 FURTHER = (("project", 4), FEW, ("project", 8), ("project", 2), ("absorb", 4))
 
-Issue = Callable[[int], Any]  # issues the same so many times, and returns what to wait for
-
-
-@dataclasses.dataclass
-class Calls:
-    """Calls of one function, which is compiled by itself, as it is for a decode step on a GPU.
-
-    Attributes:
-        lower: traces it.
-        issue: issues so many of them, each with what the one before gave, and returns what to wait for.
-    """
-
-    lower: Callable[[], Lowered]
-    issue: Callable[[Compiled, int], Any]
-    compiled: Compiled | None = None
-
-    def compile_s(self) -> float:
-        """Seconds to trace and compile it."""
-        begin = time.perf_counter()
-        self.compiled = self.lower().compile()
-        return time.perf_counter() - begin
-
-    def __call__(self, count: int) -> Any:
-        assert self.compiled is not None
-        return self.issue(self.compiled, count)
+Issue = Callable[[int], Any]  # issues so many calls of a function, and returns what to wait for
+Compile = Callable[[], Issue]  # compiles the function by itself, as it is for a decode step on a GPU
 
 
 def load_or_measure(
@@ -119,21 +95,24 @@ def measure(
     shortest = "keys_values", tokens // (1 if on_cpu else SHORTEST)
     segments = _segments(model, batch, {(FORMS[form][0], count): layers[count] for form, count in forms})
     segments[shortest].append(jax.tree.map(jnp.copy, segments[shortest][0]))
-    calls: dict[Any, Calls] = {("layers", count): _layers(model, batch, layers=count) for count in {1, several}}
-    calls |= {"mlp": _mlp(model, batch), "head": _head(model, batch)}
+    functions: dict[Any, Compile] = {("layers", count): _layers(model, batch, layers=count) for count in {1, several}}
+    functions |= {"mlp": _mlp(model, batch), "head": _head(model, batch)}
     for form, count in forms:
         held, recompute = FORMS[form]
-        calls[form, count] = _layers(model, batch, segments[held, count], recompute, layers[count])
-
+        functions[form, count] = _layers(model, batch, segments[held, count], recompute, layers[count])
+    calls, ahead = dict[Any, Issue](), _ahead()
     issued = {("layers", 1), ("layers", several), shortest}
+
+    def run(name: Any) -> float:
+        compiling = time.perf_counter()
+        calls[name] = functions[name]()
+        compiled_s[name] = time.perf_counter() - compiling
+        return _run_s(calls[name], ahead)
 
     def dispatch(name: Any) -> float:
         return _dispatch_s(calls[name], measured[name])
 
-    ahead = _ahead()
-    measurements: dict[Any, Callable[[], float]] = {
-        name: functools.partial(_run_s, of, ahead) for name, of in calls.items()
-    }
+    measurements: dict[Any, Callable[[], float]] = {name: functools.partial(run, name) for name in functions}
     measurements |= {("dispatch", name): functools.partial(dispatch, name) for name in issued}
     measurements["issue"] = link.issue_s
     at_least = [*NEEDED, FEW] if batch * tokens // FEW[1] < FEW_ROWS else NEEDED
@@ -152,8 +131,6 @@ def measure(
     order = sorted(measurements, key=lambda name: name not in needed)
     for done, name in enumerate(order, start=1):
         if name in needed or time.perf_counter() - begin < ENOUGH_S:
-            if name in calls:
-                compiled_s[name] = calls[name].compile_s()
             measured[name] = measurements[name]()
         if progress is not None:
             progress(done, len(order))
@@ -230,7 +207,7 @@ def _segments(model: Model, batch: int, layers: Mapping[tuple[str, int], int]) -
 
 def _layers(
     model: Model, batch: int, segments: Sequence[Segment] = (), recompute: Recompute = "project", layers: int = 1
-) -> Calls:
+) -> Compile:
     """Steps of one layer, or of several in one call, over a segment of theirs, or over none.
 
     As in decoding, where each call of a function has the weights of the one before, but other segments.
@@ -247,26 +224,35 @@ def _layers(
     tail = memory.placed(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots))
     turns = itertools.cycle([(segment,) for segment in segments] or [()])
 
-    def issue(compiled: Compiled, count: int) -> Array:
-        nonlocal tail
-        out = h
-        for _ in range(count):
-            out, tail = compiled(params[:layers], out, next(turns), tail, place)
-        return out
+    def compiled() -> Issue:
+        of_one = params[:layers], h, tuple(segments[:1]), tail, place
+        step = steps.decode_layers.lower(definition, *of_one, recompute=recompute).compile()
 
-    arguments = params[:layers], h, tuple(segments[:1]), tail, place
-    return Calls(lambda: steps.decode_layers.lower(definition, *arguments, recompute=recompute), issue)
+        def calls(count: int) -> Array:
+            nonlocal tail
+            out = h
+            for _ in range(count):
+                out, tail = step(params[:layers], out, next(turns), tail, place)
+            return out
+
+        return calls
+
+    return compiled
 
 
-def _mlp(model: Model, batch: int) -> Calls:
+def _mlp(model: Model, batch: int) -> Compile:
     """One layer's MLP in a decode step."""
     definition, params = steps.split_module(model.layers[0].mlp)
     h = memory.placed(jnp.ones((batch, 1, model.config.hidden_size), model.dtype))
-    run = jax.jit(lambda params, h: definition.module(params)(h))
-    return Calls(lambda: run.lower(params, h), lambda compiled, count: [compiled(params, h) for _ in range(count)])
+
+    def compiled() -> Issue:
+        mlp = jax.jit(lambda params, h: definition.module(params)(h)).lower(params, h).compile()
+        return lambda count: [mlp(params, h) for _ in range(count)]
+
+    return compiled
 
 
-def _head(model: Model, batch: int) -> Calls:
+def _head(model: Model, batch: int) -> Compile:
     """What surrounds the layers in a step: embedding, logits and the next token."""
     (definition, params), sampling = steps.split_module(model.embedder), Sampling()
     place = memory.placed(Place(jnp.zeros(1, jnp.int32), None))
@@ -277,13 +263,18 @@ def _head(model: Model, batch: int) -> Calls:
         h, _ = steps.embed(definition, params, tokens, place)
         return steps.sample(steps.logits(definition, params, h), keys, index, sampling, choice=sampling.choice)
 
-    def issue(compiled: Compiled, count: int) -> Array:
-        tokens, index = start
-        for _ in range(count):
-            tokens, index = compiled(params, tokens, index)
-        return tokens
+    def compiled() -> Issue:
+        step = head.lower(params, *start).compile()
 
-    return Calls(lambda: head.lower(params, *start), issue)
+        def calls(count: int) -> Array:
+            tokens, index = start
+            for _ in range(count):
+                tokens, index = step(params, tokens, index)
+            return tokens
+
+        return calls
+
+    return compiled
 
 
 def _ahead() -> Callable[[], Any]:
@@ -307,8 +298,8 @@ def _run_s(calls: Issue, ahead: Callable[[], Any]) -> float:
 
     A GPU is busy with what is `ahead` meanwhile, so that what the host takes to issue them is no part of it.
     """
-    first = 0 if memory.device_memory_is_host_memory() else 1  # a GPU may load what it needs meanwhile
-    (once_s,) = trials_s(lambda: calls(1), trials=1, warm_up=first)
+    warm_up = 0 if memory.device_memory_is_host_memory() else 1  # in which a GPU may load what it needs
+    (once_s,) = trials_s(lambda: calls(1), trials=1, warm_up=warm_up)
     if once_s >= LONG_S:
         return once_s
     count = max(1, min(QUEUED, int(QUEUED_S / once_s)))

@@ -6,6 +6,7 @@ import itertools
 import json
 import shlex
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -253,10 +254,13 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, several_bytes, ho
                 shortest = isinstance(segment, KeysValues) and segment.tokens == (2 if gpu else 64)
                 assert len({id(segment.slots) for segment in segments}) == len(segments) == 1 + shortest
 
-        def compile_s(self):
+        def __call__(self):
             events.append("compiled")
-            return 3.0 if self.segments else 1.0  # what the layers share is compiled with the first of them
+            clock.now += 3.0 if self.segments else 1.0  # what the layers share is compiled with the first of them
+            return self
 
+    clock = types.SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(measuring, "time", clock)
     monkeypatch.setattr(measuring, "ENOUGH_S", enough_s)
     monkeypatch.setattr(measuring, "SHORT_BYTES", several_bytes if limit == "in all" else 2**40)
     of_weights = weights_bytes(dataclasses.replace(OPT, num_layers=measuring.SEVERAL), FLOAT32)
