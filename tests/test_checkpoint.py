@@ -525,7 +525,11 @@ print(peak() - before - sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(mo
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_loading_holds_no_more_than_a_shard_beside_the_model(tmp_path):
-    """And the few tensors on their way. All of the 8 shards, equal but for the embeddings', are twice the bound."""
+    """And the few tensors on their way. All of the 8 shards, equal but for the embeddings', are four times the bound.
+
+    glibc returns freed blocks of any size above a fixed threshold at once; by default what it keeps for later ones
+    varies by 70 MiB from run to run.
+    """
     config = dataclasses.replace(OPT, vocab_size=2000, num_layers=16, hidden_size=512, embed_size=512, num_heads=8,
                                  num_kv_heads=8, head_dim=64, mlp_size=4096)  # fmt: skip
     names = opt.checkpoint_names(config)
@@ -541,11 +545,14 @@ def test_loading_holds_no_more_than_a_shard_beside_the_model(tmp_path):
     (tmp_path / "model.safetensors").touch()
     save_shards(stored, tmp_path, lambda index: index * 8 // len(stored))
     shards = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
-    process = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    process = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)},
+    )  # fmt: skip
     assert process.returncode == 0, process.stderr
     on_their_way = checkpoint.ON_THEIR_WAY * max(tensor.nbytes for tensor in stored.values())
-    bound = max(shards) + on_their_way + 80 * 2**20  # for what JAX and the allocator keep
-    assert 2 * bound < sum(shards)
+    bound = max(shards) + on_their_way
+    assert 4 * bound < sum(shards)
     assert int(process.stdout) < bound
 
 
