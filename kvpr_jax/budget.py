@@ -66,7 +66,7 @@ class Budget:
     one_memory: bool
     prefill: Prefill
 
-    def in_groups(self) -> "Budget":
+    def _in_groups(self) -> "Budget":
         """The budget with as many layers a group as there is room for.
 
         If all of the cache stays on the device, a group may be larger; but the cache goes to the host for want of room
@@ -97,6 +97,12 @@ class Budget:
         return self.free_device_bytes if gib is None else int(gib * memory.GIB)
 
     @property
+    def host_cache_bytes(self) -> int:
+        """Host memory that the cache is allowed: all that is free, if the user sets no bound."""
+        gib = self.request.host_cache_gib
+        return self.free_host_bytes if gib is None else int(gib * memory.GIB)
+
+    @property
     def tail_token_bytes(self) -> int:
         """A token of all layers' tails, in the largest form that they may have."""
         forced = bool(self.request.split_tokens(self.workload.prompt_tokens))
@@ -114,10 +120,10 @@ class Budget:
         flushes = (written - 1) // tail  # a full tail leaves when the next token comes
         if self.request.offload == "all" or self.request.split != "auto":
             return Residency(True, 0, 0, tail, flushes)
-        resident, token_bytes = 0, self.costs.cache_bytes(0, 1)
+        resident, token_bytes, merging = 0, self.costs.cache_bytes(0, 1), self._merging_bytes(tail, written // tail)
         for _ in range(2):  # what stays makes the window's layers smaller, so that a little more can stay
             reading = window_bytes(self.costs.group_bytes(0, self.workload.total_tokens - resident))
-            beside = max(reading + 2 * tail * token_bytes, self._merging_bytes(tail, written // tail))
+            beside = max(reading + 2 * tail * token_bytes, merging)
             left = min(self.device_cache_bytes - tail * token_bytes, self._usable_bytes - self._beside_bytes - beside)
             resident = max(0, left // token_bytes)
         of_prompt = min(prompt, resident)
@@ -141,13 +147,11 @@ class Budget:
 
     def host_limit_bytes(self, of: Residency) -> int:
         """Host memory that the cache may take, whatever is revised on the way."""
-        limit = self.free_host_bytes
-        if self.one_memory:
-            read_bytes = self.costs.host_bytes(0, self.workload.total_tokens)
-            limit -= self.device_bytes(of, self._widest_bytes, read_bytes)
-        if self.request.host_cache_gib is not None:
-            limit = min(limit, int(self.request.host_cache_gib * memory.GIB))
-        return limit
+        if not self.one_memory:
+            return min(self.free_host_bytes, self.host_cache_bytes)
+        read_bytes = self.costs.host_bytes(0, self.workload.total_tokens)
+        device_bytes = self.device_bytes(of, self._widest_bytes, read_bytes)
+        return min(self.free_host_bytes - device_bytes, self.host_cache_bytes)
 
     def shortage(self, plan: Plan) -> str:
         """What the plan lacks, with both figures and the flags that change them; empty if it fits."""
@@ -160,8 +164,8 @@ class Budget:
              "--offload all, a smaller --device-cache-gib, fewer or shorter prompts or --dtype"),
         ]  # fmt: skip
         if self.request.host_cache_gib is not None:
-            allowed = int(self.request.host_cache_gib * memory.GIB)
-            limits.insert(0, ("host", plan.host_bytes, allowed, "are allowed by --host-cache-gib", f"that, {less}"))
+            allowed = "are allowed by --host-cache-gib"
+            limits.insert(0, ("host", plan.host_bytes, self.host_cache_bytes, allowed, f"that, {less}"))
         for place, needed, there, are, flags in limits:
             if needed > there:
                 return (
@@ -218,7 +222,7 @@ def budget_for(
         has_fused: whether prefill has a fused attention, which forms no scores.
     """
     prefill = _prefill(costs.config, dtype, workload, request, free_device_bytes, has_fused)
-    return Budget(costs, workload, request, free_device_bytes, free_host_bytes, one_memory, prefill).in_groups()
+    return Budget(costs, workload, request, free_device_bytes, free_host_bytes, one_memory, prefill)._in_groups()
 
 
 def _prefill(

@@ -114,9 +114,9 @@ def make_plan(
 def _best_plan(budget: Budget, tail_tokens: int, compiled: Collection[tuple[Any, ...]]) -> Plan:
     """The plan with so many tokens a tail that has the least remaining time; see `make_plan`."""
     residency = budget.residency(tail_tokens)
-    recompute = _recompute(budget)
     splits, only = _splits(budget, residency)
-    plans = [_plan_of(split, recompute, residency, budget) for split in splits]
+    undivided = _undivided(residency, budget)
+    plans = [_divided(undivided, split, residency, budget) for split in splits]
     fitting = [plan for plan in plans if not budget.shortage(plan)]
     if not fitting:
         raise MemoryError(budget.shortage(min(plans, key=lambda plan: plan.host_bytes)))
@@ -131,38 +131,43 @@ def _best_plan(budget: Budget, tail_tokens: int, compiled: Collection[tuple[Any,
     return dataclasses.replace(chosen, reason=_reason(chosen, len(plans), only))
 
 
-def _plan_of(split: int, recompute: Recompute, residency: Residency, budget: Budget) -> Plan:
-    """The plan that holds so many tokens as activations, with what they come to; but not why."""
-    workload, request, costs = budget.workload, budget.request, budget.costs
-    prompt = workload.prompt_tokens - residency.resident_tokens
-    held = Held(split, prompt - split, residency.resident_tokens)
-    plan = Plan(
-        batch=workload.batch,
-        group=costs.group,
-        split=split,
-        cached_tokens=workload.prompt_tokens,
+def _undivided(residency: Residency, budget: Budget) -> Plan:
+    """What the plans of all splits have in common; they replace the zeros, and the one chosen the reason."""
+    return Plan(
+        batch=budget.workload.batch,
+        group=budget.costs.group,
+        split=0,
+        cached_tokens=budget.workload.prompt_tokens,
         **dataclasses.asdict(residency),
-        recompute=recompute,
-        engine=request.engine,
-        activation_share=split / prompt if prompt else 0.0,
-        forced=request.split != "auto",
+        recompute=_recompute(budget),
+        engine=budget.request.engine,
+        activation_share=0.0,
+        forced=budget.request.split != "auto",
         prefill_sequences=budget.prefill.sequences,
         prefill_queries=budget.prefill.queries,
         host_bytes=0,
         host_limit_bytes=budget.host_limit_bytes(residency),
         device_bytes=0,
-        host_bytes_per_step=costs.cache_bytes(split, held.keys_values),
+        host_bytes_per_step=0,
         predicted_step_s=0.0,
         reason="",
         unfit_splits=(),
-        costs=costs,
+        costs=budget.costs,
     )
+
+
+def _divided(undivided: Plan, split: int, residency: Residency, budget: Budget) -> Plan:
+    """The plan that holds so many of the prompt's tokens as activations, and what it comes to."""
+    costs, prompt = undivided.costs, undivided.cached_tokens - undivided.resident_tokens
+    held = Held(split, prompt - split, undivided.resident_tokens)
+    plan = dataclasses.replace(undivided, split=split, activation_share=split / prompt if prompt else 0.0)
     end = plan.at_the_end()
     leaving_bytes, read_bytes = (costs.host_bytes(of.activations, of.keys_values) for of in (held, end))
     return dataclasses.replace(
         plan,
-        host_bytes=costs.cache_bytes(end.activations, end.keys_values),
+        host_bytes=costs.config.num_layers * read_bytes,
         device_bytes=budget.device_bytes(residency, leaving_bytes, read_bytes),
+        host_bytes_per_step=costs.config.num_layers * leaving_bytes,
         predicted_step_s=plan.step_s(plan.with_tail(held, 0)),
     )
 
