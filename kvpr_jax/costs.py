@@ -5,13 +5,14 @@ and the host issues both:
 
     link_s(l)    = L/N · sum over copies (activations; keys, values) of what one of so many bytes takes
     compute_s(l) = L/N · (layer + (N - 1) · further layer) + L · sum over segments (what one of so many tokens adds)
-                   + beside copies · link_s
+                   + beside copies · link_s · the layers' share of it
     issue_s(l)   = L/N · (call + (N - 1) · further layer + copies · copy) + L · segments · segment + 3 · call
     step_s(l)    = max(link_s, compute_s + head, issue_s)
 
-since kernels that read memory are slower while copies arrive there, what surrounds the layers are three calls (`head`
-on the device), the window reaches over the ends of steps, and a short step is issued before the host has read the
-tokens of the one before it; a long one waits for that, which takes next to nothing of it.
+since layers, which read their weights, are slower while copies arrive in the same memory (by the share of the copies
+that arrives beside them and not beside their segments), what surrounds the layers are three calls (`head` on the
+device), the window reaches over the ends of steps, and a short step is issued before the host has read the tokens of
+the one before it; a long one waits for that, which takes next to nothing of it.
 
 Segments of one form and place count as if they were equally long. The layer that is measured without any has a tail of
 keys and values, so the tokens of such a tail add what they add to a segment, and not what any segment takes; a tail of
@@ -107,11 +108,16 @@ class Costs:
         """One layer's share of its group's copies."""
         return sum(map(self.profile.copy_s, self.arrays_bytes(held)), 0.0) / self.group
 
+    @property
+    def _layer_s(self) -> float:
+        """One layer's share of its group's step, beside its segments."""
+        return self.profile.layer_s(self.group)
+
     def compute_s(self, held: Held, recompute: Recompute) -> float:
         """One layer's share of its group's step, wherever the tokens are held."""
         tail = 0 if held.tail_is_activations else held.tail
         return (
-            self.profile.layer_s(self.group)
+            self._layer_s
             + self.profile.segments_s(recompute, *held.as_activations)
             + self.profile.segments_s("keys_values", *held.as_keys_values, tail)
         )
@@ -138,7 +144,7 @@ class Costs:
             return {"copies to the device": link_s, "compute": compute_s}
         return {
             "copies to the device": link_s,
-            "compute": compute_s + self.profile.beside_copies * link_s,
+            "compute": compute_s + self.profile.beside_copies * link_s * layers * self._layer_s / compute_s,
             "dispatch": layers * self.issue_s(held) + HEAD_CALLS * self.profile.dispatch_s,
         }
 

@@ -76,7 +76,8 @@ def test_slowed_costs_predict_what_was_measured(
 
     def ends_s(side):
         more = {"copies to the device": 0.0, "dispatch": 3 * dispatch_s}
-        more["compute"] = 0.1 * OPT.num_layers * costs.link_s(held[0]) + machine.head_s
+        share = machine.layer_s(group) / costs.compute_s(held[0], recompute)
+        more["compute"] = 0.1 * share * OPT.num_layers * costs.link_s(held[0]) + machine.head_s
         return OPT.num_layers * sides[side](costs) + (0.0 if engine == "sequential" else more[side])
 
     assert blamed == max(sides, key=ends_s)
