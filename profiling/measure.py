@@ -30,9 +30,8 @@ from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 PROBE_TOKENS, PROBE_TOKENS_ON_CPU = 16384, 512  # over the batch: tokens in the longest segment that is measured
 PROBE_TAIL = 16  # slots in the tail of the steps measured, which take the time of another short segment for it
 PROBE_SLOT = 2**20  # the first of these, behind any segment
-SEVERAL = 2  # layers of a call on a GPU, as they go in groups, where a segment of all of them has no more than
-SHORT_BYTES = 2**30  # so many bytes in any form
-SHORT_SHARE = 16  # and one part in so many of the device's free memory: all segments together take a few times as much
+SEVERAL = 2  # layers of a call on a GPU, as they go in groups
+BESIDE_SHARE = 16  # copies to the device while layers are computed: one part in so many of its free memory at most
 AHEAD_S = 0.01  # so long a GPU is busy before it comes to the calls measured: the host has issued them by then
 AHEAD_BYTES = 2**28  # read and written meanwhile, again and again
 QUEUED, QUEUED_S = 24, 0.025  # calls behind that, at most
@@ -46,8 +45,8 @@ ENOUGH_S = 15.0  # then no further segments, and in the ways that no plan asks f
 # line: each length gets the matrix product that suits it, and of few rows reading the weights is what takes time.
 SHORTEST = 32
 NEEDED = (*((form, 1) for form in FORMS), ("keys_values", SHORTEST), ("absorb", SHORTEST))
-FEW, FEW_ROWS = ("project", 16), 512  # needed as well, where it has fewer rows than that
-FURTHER = (("project", 4), FEW, ("project", 8), ("project", 2), ("absorb", 4))
+FEW, FEW_ROWS = (("project", 4), ("project", 16)), 512  # needed as well, where the last has fewer rows than that
+FURTHER = (*FEW, ("project", 8), ("project", 2), ("absorb", 4))
 
 Issue = Callable[[int], Any]  # issues so many calls of a function, and returns what to wait for
 Compile = Callable[[], Issue]  # compiles the function by itself, as it is for a decode step on a GPU
@@ -87,19 +86,17 @@ def measure(
     some = dataclasses.replace(config, num_layers=SEVERAL)  # with segments and products to try they take twice that
     several = 1 if on_cpu or 2 * weights_bytes(some, dtype) > memory.free_device_bytes() else SEVERAL
     model = _some(abstract(dataclasses.replace(config, num_layers=several), dtype))
-    token_bytes = several * batch * max(config.kv_width, config.activation_width) * jnp.dtype(dtype).itemsize
-    short_bytes = min(SHORT_BYTES, memory.free_device_bytes() // SHORT_SHARE)
     shares = [*NEEDED, *FURTHER]
     forms = [(form, tokens // times) for form, times in shares]
-    layers = {count: several if count * token_bytes <= short_bytes else 1 for _, count in forms}  # of a call
     shortest = "keys_values", tokens // (1 if on_cpu else SHORTEST)
-    segments = _segments(model, batch, {(FORMS[form][0], count): layers[count] for form, count in forms})
+    layers = {of: several if of == shortest else 1 for of in forms}  # of a call; of several, to issue it is measured
+    segments = _segments(model, batch, {(FORMS[form][0], count): layers[form, count] for form, count in forms})
     segments[shortest].append(jax.tree.map(jnp.copy, segments[shortest][0]))
     functions: dict[Any, Compile] = {("layers", count): _layers(model, batch, layers=count) for count in {1, several}}
     functions |= {"mlp": _mlp(model, batch), "head": _head(model, batch)}
     for form, count in forms:
         held, recompute = FORMS[form]
-        functions[form, count] = _layers(model, batch, segments[held, count], recompute, layers[count])
+        functions[form, count] = _layers(model, batch, segments[held, count], recompute, layers[form, count])
     calls, ahead = dict[Any, Issue](), _ahead()
     issued = {("layers", 1), ("layers", several), shortest}
 
@@ -115,7 +112,7 @@ def measure(
     measurements: dict[Any, Callable[[], float]] = {name: functools.partial(run, name) for name in functions}
     measurements |= {("dispatch", name): functools.partial(dispatch, name) for name in issued}
     measurements["issue"] = link.issue_s
-    at_least = [*NEEDED, FEW] if batch * tokens // FEW[1] < FEW_ROWS else NEEDED
+    at_least = [*NEEDED, *FEW] if batch * tokens // FEW[-1][1] < FEW_ROWS else NEEDED
     optional = [of for of in shares if of not in at_least or (on_cpu and of[1] > 1)]
     needed = {*measurements} - {(form, tokens // times) for form, times in optional}
     for way in get_args(link.Way):
@@ -123,7 +120,7 @@ def measure(
         measurements |= {(way, size): functools.partial(link.copy_s, way, size) for size in sizes}
         needed |= {(way, size) for size in (sizes if way == "to_device" else sizes[:1])}
     if not on_cpu:  # which copies by what computes
-        copies = max(1, short_bytes // link.SIZES[-1])
+        copies = max(1, memory.free_device_bytes() // BESIDE_SHARE // link.SIZES[-1])
         measurements["beside"] = lambda: _beside_copies(
             calls["layers", several], measured["layers", several], measured["to_device", link.SIZES[-1]], copies
         )
@@ -135,7 +132,7 @@ def measure(
         if progress is not None:
             progress(done, len(order))
 
-    base_s, together = measured["layers", 1], layers[shortest[1]]
+    base_s, together = measured["layers", 1], layers[shortest]
     dispatch_s = measured["dispatch", ("layers", 1)]
     if on_cpu:  # where a call may return when it is done
         dispatch_s = min(dispatch_s, base_s)
@@ -147,8 +144,8 @@ def measure(
 
     def by_length(form: str) -> Curve:
         found = sorted(count for of, count in forms if of == form and (of, count) in measured)
-        added = {count: measured[form, count] - measured["layers", layers[count]] for count in found}
-        return [(count, max(0.0, added[count]) / layers[count]) for count in found]
+        added = {count: measured[form, count] - measured["layers", layers[form, count]] for count in found}
+        return [(count, max(0.0, added[count]) / layers[form, count]) for count in found]
 
     def by_size(way: link.Way) -> Curve:
         return [(size, measured[way, size]) for size in link.sizes(way) if (way, size) in measured]

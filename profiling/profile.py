@@ -18,7 +18,7 @@ from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling import curves, link, nvidia
 from kvpr_jax.profiling.curves import Curve
 
-VERSION = 18  # of the file's meaning
+VERSION = 19  # of the file's meaning
 FORMS: dict[str, tuple[str, Recompute]] = {  # by their curves: how a segment is held, and what is done with it
     "keys_values": ("keys_values", "project"),
     "project": ("activations", "project"),
@@ -44,7 +44,7 @@ class Profile:
         issue_s: what it needs to issue one of several copies.
         beside_copies: how much longer layers take for each second of copies to the device beside them, which share its
             memory.
-        compile_s: tracing and compiling a call of two layers with a segment, or of one on a CPU; a median.
+        compile_s: tracing and compiling a layer step with a segment; a median.
     """
 
     machine: dict[str, str]
