@@ -177,17 +177,19 @@ def figure(report: dict[str, Any]) -> Any:
         for point, style in zip((p for p in measured if p.aside), itertools.cycle(ASIDE), strict=False)
     ]  # fmt: skip
     splits = sorted({point.split for point in swept})
+    turned = 0 if len(splits) <= LEVEL else 90  # texts at each split, so that none lies on its neighbour's
     for split in splits:
         slowest = max(point.slowest for point in swept if point.split == split)
         if slowest > top:
             axes.annotate(
-                f"to {slowest:.1f} ms", (split, top), (0, 2), textcoords="offset points", ha="center", fontsize=8
-            )
+                f"to {slowest:.1f} ms", (split, top), (0, 2), textcoords="offset points", ha="center", fontsize=8,
+                rotation=turned,
+            )  # fmt: skip
     drawn.suptitle(title(report), fontsize=10)
     axes.set_xlabel("split (tokens of the prompt held as activations)")
     axes.set_ylabel("time of a decode step (ms)")
     axes.set_xticks(splits)
-    axes.tick_params("x", labelrotation=0 if len(splits) <= LEVEL else 90)
+    axes.tick_params("x", labelrotation=turned)
     axes.set_ylim(0, top)
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -122,6 +122,17 @@ def test_one_very_slow_step_does_not_flatten_the_plot(matplotlib):
     assert not plot.figure(REPORT).axes[0].texts
 
 
+@pytest.mark.parametrize("step", [16, 8])
+def test_what_is_said_above_neighbouring_splits_does_not_overlap(step, matplotlib):
+    slow = [measured(split, "absorb", [0.02, 0.02, 2.7736]) for split in range(0, 65, step)]
+    figure = plot.figure(REPORT | {"results": slow})
+    figure.draw_without_rendering()
+    extents = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(extents) == len(slow)
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(extents))
+    assert all(extent.y1 <= figure.bbox.y1 for extent in extents)
+
+
 def test_a_sweep_has_rings_at_the_picks_and_the_papers_two_phases(matplotlib):
     swept = [of | {"two_phase_step_s": 0.03 + of["plan"]["split"] * 1e-4, "picked_by": []} for of in RESULTS]
     swept[1]["picked_by"], swept[2]["picked_by"] = ["project"], ["absorb"]
