@@ -5,7 +5,7 @@ and the host issues both:
 
     link_s(l)    = L/N · sum over copies (activations; keys, values) of what one of so many bytes takes
     compute_s(l) = L/N · (layer + (N - 1) · further layer) + L · sum over segments (what one of so many tokens adds)
-                   + beside copies · link_s · the layers' share of it
+                   + beside copies · link_s · the layers' share of the above
     issue_s(l)   = L/N · (call + (N - 1) · further layer + copies · copy) + L · segments · segment + 3 · call
     step_s(l)    = max(link_s, compute_s + head, issue_s)
 
