@@ -28,6 +28,7 @@ from kvpr_jax.sampling import Sampling, prompt_keys
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
 PROBE_TOKENS, PROBE_TOKENS_ON_CPU = 16384, 512  # over the batch: tokens in the longest segment that is measured
+LONGEST = 4096  # tokens in it, at most
 PROBE_TAIL = 16  # slots in the tail of the steps measured, which take the time of another short segment for it
 PROBE_SLOT = 2**20  # the first of these, behind any segment
 SEVERAL = 2  # layers of a call on a GPU, as they go in groups
@@ -35,6 +36,7 @@ BESIDE_SHARE = 16  # copies to the device while layers are computed: one part in
 AHEAD_S = 0.01  # so long a GPU is busy before it comes to the calls measured: the host has issued them by then
 AHEAD_BYTES = 2**28  # read and written meanwhile, again and again
 QUEUED, QUEUED_S = 24, 0.025  # calls behind that, at most
+LASTING_S = 0.1  # of calls that compute so much that a GPU lowers its clock: it has done so by then
 LONG_S = 0.1  # what takes so long is measured once: a slow machine is done in seconds too
 CALLS = 8  # whose issuing is measured, dispatched together as the engine does
 BESIDE_S = 0.01  # of calls with copies beside them and without, at least
@@ -45,8 +47,8 @@ ENOUGH_S = 15.0  # then no further segments, and in the ways that no plan asks f
 # line: each length gets the matrix product that suits it, and of few rows reading the weights is what takes time.
 SHORTEST = 32
 NEEDED = (*((form, 1) for form in FORMS), ("keys_values", SHORTEST), ("absorb", SHORTEST))
-FEW, FEW_ROWS = (("project", 4), ("project", 16)), 512  # needed as well, where the last has fewer rows than that
-FURTHER = (*FEW, ("project", 8), ("project", 2), ("absorb", 4))
+FEW, FEW_ROWS = (("project", 8), ("project", SHORTEST)), 512  # needed as well, where the last has fewer rows than that
+FURTHER = (("project", 4), ("project", 2), *FEW, ("absorb", 4))
 
 Issue = Callable[[int], Any]  # issues so many calls of a function, and returns what to wait for
 Compile = Callable[[], Issue]  # compiles the function by itself, as it is for a decode step on a GPU
@@ -82,7 +84,7 @@ def measure(
     begin, compiled_s, measured = time.perf_counter(), dict[Any, float](), dict[Any, float]()
     on_cpu = memory.device_memory_is_host_memory()
     probe = PROBE_TOKENS_ON_CPU if on_cpu else PROBE_TOKENS
-    tokens = max(32, min(probe // batch, 2048))
+    tokens = max(SHORTEST, min(probe // batch, LONGEST))
     some = dataclasses.replace(config, num_layers=SEVERAL)  # with segments and products to try they take twice that
     several = 1 if on_cpu or 2 * weights_bytes(some, dtype) > memory.free_device_bytes() else SEVERAL
     model = _some(abstract(dataclasses.replace(config, num_layers=several), dtype))
@@ -98,13 +100,15 @@ def measure(
         held, recompute = FORMS[form]
         functions[form, count] = _layers(model, batch, segments[held, count], recompute, layers[form, count])
     calls, ahead = dict[Any, Issue](), _ahead()
+    lasting = {of for of in forms if of[0] == "project" and batch * of[1] > FEW_ROWS}
     issued = {("layers", 1), ("layers", several), shortest}
 
     def run(name: Any) -> float:
         compiling = time.perf_counter()
         calls[name] = functions[name]()
         compiled_s[name] = time.perf_counter() - compiling
-        return _run_s(calls[name], ahead)
+        run_s = _run_s(calls[name], ahead)
+        return run_s if on_cpu or name not in lasting else _lasting_s(calls[name], run_s)
 
     def dispatch(name: Any) -> float:
         return _dispatch_s(calls[name], measured[name])
@@ -302,6 +306,16 @@ def _run_s(calls: Issue, ahead: Callable[[], Any]) -> float:
     count = max(1, min(QUEUED, int(QUEUED_S / once_s)))
     ahead_s, both_s = (min(trials_s(of, 4, warm_up=0)) for of in (ahead, lambda: (ahead(), calls(count))))
     return (both_s - ahead_s) / count if both_s > ahead_s else once_s
+
+
+def _lasting_s(calls: Issue, run_s: float) -> float:
+    """Seconds to run once what `calls` issues, of many in a row without a pause, as in decoding.
+
+    Args:
+        run_s: what it takes on a GPU that has been idle.
+    """
+    count = math.ceil(LASTING_S / run_s)
+    return min(trials_s(lambda: calls(count), trials=2, warm_up=1)) / count
 
 
 def _beside_copies(calls: Issue, run_s: float, copy_s: float, most: int) -> float:

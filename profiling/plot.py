@@ -27,7 +27,7 @@ GRAY, GREEN = "#808080", "#009e73"
 ASIDE = ("-", "--", "-.", ":")  # lines from side to side
 LINE = {"linewidth": 1.2, "markersize": 4}
 APART = 5 / 72  # inches between the two ways' measurements of one split
-LEVEL = 6  # splits whose numbers stand beside each other without touching
+LEVEL = 6  # so many splits, evenly spaced, have numbers that stand beside each other without touching
 HEADROOM = 1.15  # of the plot, over the highest median or line; a bar that is longer is cut and its end written there
 
 
@@ -177,7 +177,8 @@ def figure(report: dict[str, Any]) -> Any:
         for point, style in zip((p for p in measured if p.aside), itertools.cycle(ASIDE), strict=False)
     ]  # fmt: skip
     splits = sorted({point.split for point in swept})
-    turned = 0 if len(splits) <= LEVEL else 90  # texts at each split, so that none lies on its neighbour's
+    gaps = [later - split for split, later in itertools.pairwise(splits)]
+    turned = 90 if gaps and min(gaps) * (LEVEL - 1) < splits[-1] else 0  # texts at splits: none lies on its neighbour's
     for split in splits:
         slowest = max(point.slowest for point in swept if point.split == split)
         if slowest > top:

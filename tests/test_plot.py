@@ -146,12 +146,14 @@ def test_a_sweep_has_rings_at_the_picks_and_the_papers_two_phases(matplotlib):
     assert not [label for label in lines(plot.figure(REPORT)) if "pick" in label or "paper" in label]
 
 
-def test_many_splits_have_numbers_that_do_not_touch(matplotlib):
-    splits = [*range(0, 1025, 128), 960]
+@pytest.mark.parametrize("splits", [
+    [*range(0, 1025, 128), 960], [*range(0, 4097, 1024), 3840], [*range(0, 4097, 1024), 3584], range(0, 4097, 820),
+])  # fmt: skip
+def test_the_numbers_of_splits_do_not_touch(splits, matplotlib):
     figure = plot.figure(REPORT | {"results": [measured(split, "absorb", [0.01]) for split in splits]})
     figure.draw_without_rendering()
     boxes = sorted((label.get_window_extent() for label in figure.axes[0].get_xticklabels()), key=lambda box: box.x0)
-    assert len(boxes) == 10 and all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+    assert len(boxes) == len(splits) and all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_a_report_without_a_prediction_for_each_step_has_that_of_the_plan():

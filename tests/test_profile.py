@@ -71,7 +71,7 @@ def test_a_measured_profile_is_plausible_and_read_back(monkeypatch, small):
     assert all(seconds > 0 for _, seconds in measured.to_device + measured.to_host + measured.both)
     assert [size for size, _ in measured.to_host] == [size for size, _ in measured.both] == [2**16, 2**20]
     assert measured.base_s > 0 and measured.head_s > 0 and measured.compile_s > measured.base_s
-    assert [tokens for tokens, _ in measured.project] == [4, 8, 16, 32, 64]
+    assert [tokens for tokens, _ in measured.project] == [2, 8, 16, 32, 64]
     assert [tokens for tokens, _ in measured.absorb] == [2, 16, 64]
     assert [tokens for tokens, _ in measured.keys_values] == [2, 64]
     assert 0 < measured.further_s <= measured.base_s
@@ -230,10 +230,11 @@ def test_progress_reaches_its_total(small):
 @pytest.mark.parametrize("tight", [False, True])
 def test_segments_are_measured_by_length(small, enough_s, gpu, host, tight, monkeypatch):
     """In any case the longest, and on a GPU shorter ones, projected where they have few rows; others as there is time.
+    Many rows are projected for a while on a GPU.
     The one whose issuing is measured in a call of several layers, as they go in groups: on a GPU, where there is room
     for twice their weights."""
     costs = {"keys_values": (1e-4, 1e-6), "project": (0.0, 5e-6), "absorb": (-2.0, 2e-6)}
-    base_s, events, in_groups = 5e-4, [], []
+    base_s, events, in_groups, lasting = 5e-4, [], [], []
 
     class Calls:
         def __init__(self, model, batch, segments=(), recompute="project", layers=1):
@@ -263,25 +264,30 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, host, tight, monk
     free = 2 * of_weights - 1 if tight else 2**60
     several = measuring.SEVERAL if gpu and not tight else 1
     monkeypatch.setattr(measuring.memory, "free_device_bytes", lambda: free)
-    monkeypatch.setattr(measuring, "PROBE_TOKENS", 128)
-    few_rows = not tight  # 4 tokens of 2 sequences
-    monkeypatch.setattr(measuring, "FEW_ROWS", 9 if few_rows else 8)
+    monkeypatch.setattr(measuring, "PROBE_TOKENS", 256)
+    monkeypatch.setattr(measuring, "LONGEST", 64)
+    few_rows = not tight  # 2 tokens of 2 sequences
+    monkeypatch.setattr(measuring, "FEW_ROWS", 5 if few_rows else 4)
     monkeypatch.setattr(measuring.memory, "device_memory_is_host_memory", lambda: not gpu)
     monkeypatch.setattr(measuring, "_layers", Calls)
     monkeypatch.setattr(measuring, "_run_s", lambda calls, ahead: events.append("measured") or calls.run_s)
+    monkeypatch.setattr(measuring, "_lasting_s", lambda calls, run_s: lasting.append(calls) or run_s + 1e-3)
     monkeypatch.setattr(measuring, "_dispatch_s", lambda calls, run_s: calls.dispatch_s + run_s / 1000)
     monkeypatch.setattr(measuring, "_beside_copies", lambda calls, run_s, copy_s, most: run_s + copy_s + most)
     monkeypatch.setattr(link, "copy_s", lambda way, size: size * 1e-9)
     for name in ("_mlp", "_head"):
         monkeypatch.setattr(measuring, name, lambda *_: Calls(*_))
     measured = measuring.measure(OPT, FLOAT32, 2)
-    all_lengths = {"project": [4, 8, 16, 32, 64], "absorb": [2, 16, 64], "keys_values": [2, 64]}
+    all_lengths = {"project": [2, 8, 16, 32, 64], "absorb": [2, 16, 64], "keys_values": [2, 64]}
     for form, (begin_s, token_s) in costs.items():
-        few = {"project": [4, 16, 64] if few_rows else [64]}.get(form, [2, 64]) if gpu else [64]
+        few = {"project": [2, 8, 64] if few_rows else [64]}.get(form, [2, 64]) if gpu else [64]
         lengths = all_lengths[form] if enough_s else few
         curve = getattr(measured, form)
         assert [tokens for tokens, _ in curve] == lengths
-        assert [seconds for _, seconds in curve] == pytest.approx([max(0.0, begin_s + n * token_s) for n in lengths])
+        lasts = [gpu and form == "project" and 2 * tokens > measuring.FEW_ROWS for tokens in lengths]
+        added = [begin_s + tokens * token_s + more / 1000 for tokens, more in zip(lengths, lasts, strict=True)]
+        assert [seconds for _, seconds in curve] == pytest.approx([max(0.0, seconds) for seconds in added])
+    assert len(lasting) == sum(gpu and 2 * tokens > measuring.FEW_ROWS for tokens, _ in measured.project)
     assert in_groups == ([2] if several > 1 else [])
     assert (measured.compile_s, measured.base_s) == (pytest.approx(3.0), base_s)
     assert measured.further_s == pytest.approx(base_s / 2 if several > 1 else base_s)
@@ -407,6 +413,29 @@ def test_the_first_call_on_a_gpu_is_not_taken_for_a_long_one(gpu, asked, monkeyp
     monkeypatch.setattr(measuring.memory, "device_memory_is_host_memory", lambda: not gpu)
     seconds = measuring._run_s(queue.calls, queue.ahead)
     assert seconds == pytest.approx(2e-3 if gpu else 0.5022) and queue.asked == asked
+
+
+def test_a_clock_that_falls_has_fallen_before_what_lasts_is_measured(monkeypatch):
+    """Here after 0.08 s of load, from which it recovers at once; what a trial is longer by is noise."""
+    idle_s, lasting_s, falls_s = 1e-3, 1.25e-3, 0.08
+    device = types.SimpleNamespace(busy_s=0.0, now=0.0)
+
+    def calls(count):
+        for _ in range(count):
+            call_s = idle_s if device.busy_s < falls_s else lasting_s
+            device.busy_s += call_s
+            device.now += call_s
+
+    def trials_s(function, trials=5, warm_up=2):
+        seconds = []
+        for trial in range(warm_up + trials):
+            begin = device.now
+            function()
+            seconds.append(device.now - begin + 0.05 * (trial == warm_up + trials - 1))
+        return seconds[warm_up:]
+
+    monkeypatch.setattr(measuring, "trials_s", trials_s)
+    assert measuring._lasting_s(calls, idle_s) == pytest.approx(lasting_s)
 
 
 def test_a_gpu_is_busy_ahead_of_what_is_measured(monkeypatch):
