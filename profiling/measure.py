@@ -100,7 +100,7 @@ def measure(
         held, recompute = FORMS[form]
         functions[form, count] = _layers(model, batch, segments[held, count], recompute, layers[form, count])
     calls, ahead = dict[Any, Issue](), _ahead()
-    lasting = {of for of in forms if of[0] == "project" and batch * of[1] > FEW_ROWS}
+    lasting = {of for of in forms if not on_cpu and of[0] == "project" and batch * of[1] > FEW_ROWS}
     issued = {("layers", 1), ("layers", several), shortest}
 
     def run(name: Any) -> float:
@@ -108,7 +108,7 @@ def measure(
         calls[name] = functions[name]()
         compiled_s[name] = time.perf_counter() - compiling
         run_s = _run_s(calls[name], ahead)
-        return run_s if on_cpu or name not in lasting else _lasting_s(calls[name], run_s)
+        return _lasting_s(calls[name], run_s) if name in lasting else run_s
 
     def dispatch(name: Any) -> float:
         return _dispatch_s(calls[name], measured[name])

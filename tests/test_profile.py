@@ -416,25 +416,16 @@ def test_the_first_call_on_a_gpu_is_not_taken_for_a_long_one(gpu, asked, monkeyp
 
 
 def test_a_clock_that_falls_has_fallen_before_what_lasts_is_measured(monkeypatch):
-    """Here after 0.08 s of load, from which it recovers at once; what a trial is longer by is noise."""
+    """Here after 0.08 s of load; what the second trial is longer by is noise."""
     idle_s, lasting_s, falls_s = 1e-3, 1.25e-3, 0.08
-    device = types.SimpleNamespace(busy_s=0.0, now=0.0)
+    queue = Queue(idle_s, host_s=0.0, noise_s=[0, 0.05])
 
     def calls(count):
         for _ in range(count):
-            call_s = idle_s if device.busy_s < falls_s else lasting_s
-            device.busy_s += call_s
-            device.now += call_s
+            queue.call_s = idle_s if len(queue.asked) * idle_s < falls_s else lasting_s
+            queue.calls(1)
 
-    def trials_s(function, trials=5, warm_up=2):
-        seconds = []
-        for trial in range(warm_up + trials):
-            begin = device.now
-            function()
-            seconds.append(device.now - begin + 0.05 * (trial == warm_up + trials - 1))
-        return seconds[warm_up:]
-
-    monkeypatch.setattr(measuring, "trials_s", trials_s)
+    monkeypatch.setattr(measuring, "trials_s", queue.trials_s)
     assert measuring._lasting_s(calls, idle_s) == pytest.approx(lasting_s)
 
 
