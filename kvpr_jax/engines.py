@@ -12,7 +12,8 @@ from typing import Literal, Protocol, runtime_checkable
 import jax
 from jaxtyping import Array
 
-from kvpr_jax.segments import Segment
+from kvpr_jax import steps
+from kvpr_jax.segments import Held, Segment
 
 Engine = Literal["overlapped", "sequential"]
 Compute = Callable[[int, Array, tuple[Segment, ...]], Array]
@@ -40,6 +41,11 @@ class Sequential:
             h = jax.block_until_ready(compute(group, h, segments))
         return h
 
+    def first_to_arrive(self, segments: tuple[Segment, ...]) -> tuple[Held, ...]:
+        """None: no copies are behind those of a group."""
+        del segments
+        return ()
+
 
 class Overlapped:
     """Keep the copies of the next groups under way while others are computed: XLA runs them side by side.
@@ -49,15 +55,20 @@ class Overlapped:
     after the other). A larger window is shared: half of it for groups that arrive, half for those whose compute is
     issued, which the device goes on with where the host is late. Behind the last group come the first ones of the next
     step: they cross while the next token is chosen.
+
+    Copies that are issued may cross in any order. Were those of group i+2 before the last one of group i+1, that group
+    would be computed late, and the link would have nothing to do meanwhile. So where no third group arrives beside
+    them, group i+2's may begin only when all of group i+1's arrays but the largest are there: that one is then on its
+    way.
     """
 
     def __init__(self, window: int = WINDOW) -> None:
-        self.window = window
+        self.window, self.arriving = window, max(2, window // 2)
         self.ahead: collections.deque[tuple[Segment, ...]] = collections.deque()
         self.running: collections.deque[tuple[tuple[Segment, ...], Array]] = collections.deque()
 
     def step(self, groups: int, source: Source, compute: Compute, h: Array, more: bool) -> Array:
-        arriving = min(max(2, self.window // 2), groups)
+        arriving = min(self.arriving, groups)
         for group in range(len(self.ahead), arriving):
             self._issue(source, group)
         for group in range(groups):
@@ -71,7 +82,16 @@ class Overlapped:
     def _issue(self, source: Source, group: int) -> None:
         while len(self.running) + len(self.ahead) >= self.window:
             self.running.popleft()[1].block_until_ready()
+        if self.ahead and (first := self.first_to_arrive(self.ahead[0])):
+            steps.wait_for(first)
         self.ahead.append(source.fetch(group))
+
+    def first_to_arrive(self, segments: tuple[Segment, ...]) -> tuple[Held, ...]:
+        """The arrays of a group that is on its way for which the copies behind it wait."""
+        if self.arriving > 2:
+            return ()
+        arrays = [array for segment in segments for array in segment.arrays.values()]
+        return tuple(sorted(arrays, key=lambda array: array.size)[:-1])
 
 
 def engine_for(engine: Engine, group_bytes: int) -> Sequential | Overlapped:

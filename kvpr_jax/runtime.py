@@ -191,6 +191,9 @@ class Decoder:
             (memory.described(self.params[0]),) * cache.plan.group, h,
             memory.described(segments, host=False), memory.described(tail), memory.described(cache.place),
         )  # fmt: skip
+        engine = engines.engine_for(cache.plan.engine, memory.host_bytes(segments))
+        if first := engine.first_to_arrive(memory.described(segments, host=False)):
+            steps.wait_for.lower(first).compile()
         leaves, structure = jax.tree.flatten(shapes)
         key = recompute, structure, *leaves
         if key not in self._functions_of:

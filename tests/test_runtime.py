@@ -21,6 +21,7 @@ from kvpr_jax import plan as plans
 from kvpr_jax.models import llama, opt
 from kvpr_jax.plan import Request
 from kvpr_jax.runtime import Decoder
+from kvpr_jax.segments import Activations, KeysValues
 
 LENGTHS = (13, 7, 1)  # ragged: padded on the left
 NEW = 12
@@ -162,13 +163,13 @@ class Link:
         self.issued += 1
         self.held.append(self.issued)
         self.most = max(self.most, len(self.held))
-        return (self.issued,)
+        return (Activations(jnp.full((1, 1, 1, 1), float(self.issued)), jnp.zeros(1, jnp.int32)),)
 
     def compute(self, group, h, segments):
-        (segment,) = segments
-        assert segment % self.groups == (group + 1) % self.groups
+        number = int(segments[0].x.item())
+        assert number % self.groups == (group + 1) % self.groups
         self.calls.append(group)
-        return Output(self, segment)
+        return Output(self, number)
 
 
 class Output:
@@ -192,6 +193,60 @@ def test_the_window_holds_over_the_ends_of_steps(flush_every, groups, window):
     assert link.issued == groups * 6 + ahead
     assert max(engines.WINDOW, min(window, groups)) <= link.most <= window
     assert link.calls == 6 * [*range(groups)]
+
+
+@pytest.mark.parametrize("window, waits", [(3, True), (5, True), (6, False)])
+@pytest.mark.parametrize("tokens, first", [(1, ["x", "keys"]), (9, ["keys", "values"])])
+def test_no_copies_overtake_those_of_the_group_before(tokens, first, window, waits, monkeypatch):
+    """Where two groups arrive, copies are issued behind a call that waits for all arrays of the group before but the
+    largest; and that behind the compute which they may not run beside."""
+
+    def segments_of(group):
+        kv = jnp.ones((1, 1, 2, 1, 4))
+        return Activations(jnp.ones((1, 1, tokens, 4)), jnp.arange(tokens)), KeysValues(kv, kv + 1, jnp.arange(2))
+
+    groups, happened = [*map(segments_of, range(4))], []
+    names = {id(segment.arrays[name]): (group, name) for group in range(4) for segment in groups[group]
+             for name in segment.arrays}  # fmt: skip
+
+    class Source:
+        def fetch(self, group):
+            happened.append(("copies", group))
+            return groups[group]
+
+    def compute(group, h, segments):
+        happened.append(("compute", group))
+        return h
+
+    monkeypatch.setattr(steps, "wait_for", lambda arrays: happened.append(("wait", {names[id(a)] for a in arrays})))
+    engines.Overlapped(window).step(4, Source(), compute, jnp.zeros((1, 1, 1)), more=True)
+
+    def behind(group):
+        return [("wait", {(group, name) for name in first}), ("copies", (group + 1) % 4)]
+
+    if waits:
+        expected = [("copies", 0), *behind(0)]
+        for group in range(4):
+            expected += [("compute", group), *behind((group + 1) % 4)]
+        assert happened == expected
+    else:
+        assert "wait" not in dict(happened)
+
+
+@pytest.mark.parametrize("split", ["0", "6", "13"])
+def test_copies_in_turn_give_the_same_logits_and_compile_nothing_in_a_step(split, monkeypatch):
+    """Over flushes, which change the arrays that are waited for."""
+    monkeypatch.setattr(costs, "GROUP", 1)
+    decoder, prompts = Decoder(random_model(OPT)), random_prompts(LENGTHS, OPT.vocab_size)
+    tokens, expected, cache, _ = greedy(decoder, prompts, NEW, Request(split=split, tail_tokens=3))
+    assert cache.engine.arriving > 2  # groups are small
+    monkeypatch.setattr(engines, "WINDOW_BYTES", 0)
+    steps.wait_for.clear_cache()
+    in_turn, logits, cache, _ = greedy(decoder, prompts, NEW, Request(split=split, tail_tokens=3))
+    np.testing.assert_array_equal(in_turn, tokens)
+    assert_close(logits, expected)
+    assert cache.flushes == 3 and cache.engine.arriving == 2 and cache.recompiled == 0
+    assert steps.wait_for._cache_size() > 0
 
 
 @pytest.mark.parametrize("mib, window", [(0, 8), (4, 8), (64, 6), (100, 3), (128, 3), (512, 3)])
