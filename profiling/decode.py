@@ -30,22 +30,44 @@ from kvpr_jax.runtime import Decoder, read_tokens
 WARM_UP_STEPS = 2  # enough to compile all that comes before a flush
 
 
-def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, request: Request) -> dict[str, Any]:
-    """Prefill and time every decode step of one setting, once its first steps are compiled and the pinned memory is
-    reserved; what a flush makes necessary is compiled beside the steps, as in any run."""
-    plan = decoder.plan(prompts, steps + 1, request)
-    memory.reserve_pinned(plan.host_bytes, plan.largest_array_bytes)
-    first_s, later_s = (sum_of(run(decoder, prompts, plan, min(steps, WARM_UP_STEPS))[0]) for _ in range(2))
-    times, cache = run(decoder, prompts, plan, steps)
-    return {
-        "plan": plan.as_dict(),
-        "compile_s": max(0.0, first_s - later_s),
-        **times,
-        "recompiled": cache.recompiled,
-        "longest_wait_s": cache.longest_wait_s,
-        "cache_host_bytes": sum(map(memory.host_bytes, cache.groups)),
-        "compute_s": compute_s(decoder, cache),
-    } | needed(decoder, plan)
+def measure(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, requests: Sequence[Request], rounds: int = 1
+) -> list[dict[str, Any]]:
+    """Prefill and time every decode step of each setting, once its first steps are compiled and the pinned memory is
+    reserved; what a flush makes necessary is compiled beside the steps, as in any run.
+
+    Args:
+        rounds: turns of each setting, all of whose steps are in its result.
+    """
+    plans = [decoder.plan(prompts, steps + 1, request) for request in requests]
+    results: list[dict[str, Any]] = [{"plan": plan.as_dict()} for plan in plans]
+    turns = [list[dict[str, Any]]() for _ in plans]
+    for _ in range(rounds):
+        for plan, result, turn in zip(plans, results, turns, strict=True):
+            if not turn:
+                memory.reserve_pinned(plan.host_bytes, plan.largest_array_bytes)
+                first_s, later_s = (sum_of(run(decoder, prompts, plan, min(steps, WARM_UP_STEPS))[0]) for _ in range(2))
+                result["compile_s"] = max(0.0, first_s - later_s)
+            times, cache = run(decoder, prompts, plan, steps)
+            turn.append(times)
+            if len(turn) == rounds:  # last, since it compiles: a decoder keeps so many functions only
+                result |= joined(turn) | {
+                    "cache_host_bytes": sum(map(memory.host_bytes, cache.groups)),
+                    "compute_s": compute_s(decoder, cache),
+                } | needed(decoder, plan)  # fmt: skip
+            del cache  # its memory is the next one's
+    return results
+
+
+def joined(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What `run` gives of each turn of a setting, as one: the steps of all, what they compiled, the longest wait, and
+    the shortest prefill."""
+    lists = [name for name, value in turns[0].items() if isinstance(value, list)]
+    return {name: [value for turn in turns for value in turn[name]] for name in lists} | {
+        "prefill_s": min(turn["prefill_s"] for turn in turns),
+        "recompiled": sum(turn["recompiled"] for turn in turns),
+        "longest_wait_s": max(turn["longest_wait_s"] for turn in turns),
+    }
 
 
 def measure_plain(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int) -> dict[str, Any]:
@@ -76,7 +98,7 @@ def needed(decoder: Decoder, plan: Plan) -> dict[str, Any]:
 
 def run(decoder: Decoder, prompts: Sequence[Sequence[int]], plan: Plan, steps: int) -> tuple[dict[str, Any], Cache]:
     """Seconds of prefill; what `timed_steps` gives, with the bytes that each step fetched and what was predicted of
-    it; the cache at the end."""
+    it; what they compiled or waited for; the cache at the end."""
     begin = time.perf_counter()
     cache, logits = decoder.prefill(prompts, plan)
     tokens = greedy(logits)
@@ -87,7 +109,8 @@ def run(decoder: Decoder, prompts: Sequence[Sequence[int]], plan: Plan, steps: i
         lambda: {"step_bytes": cache.bytes_per_step, "predicted_step_s": cache.predicted_step_s},
         lambda: cache.may_issue_ahead,
     )  # fmt: skip
-    return {"prefill_s": prefill_s} | columns, cache
+    waits = {"recompiled": cache.recompiled, "longest_wait_s": cache.longest_wait_s}
+    return {"prefill_s": prefill_s} | columns | waits, cache
 
 
 def run_plain(decoder: Decoder, prompts: Sequence[Sequence[int]], plan: Plan, steps: int) -> dict[str, Any]:
@@ -153,7 +176,7 @@ def compute_s(decoder: Decoder, cache: Cache) -> float:
     cache.groups = [jax.block_until_ready(cache.fetch(0))] * len(cache.groups)
     cache.plan = dataclasses.replace(cache.plan, offloaded=False)  # so that the full tails stay on the device
     cache.flush()
-    cache.engine = engines.Overlapped()  # none of a window's size, since nothing crosses
+    cache.engine = engines.engine_for("overlapped", 0)  # nothing crosses
     tokens = memory.placed(jnp.zeros(cache.plan.batch, jnp.int32))
     count = max(1, min(5, cache.plan.tail_tokens // 4))
     return timing.median_s(lambda: [decoder.step(cache, tokens) for _ in range(count)], trials=3, warm_up=1) / count
@@ -289,10 +312,10 @@ def execute(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         decoder = setting.decoder()
         prompts = setting.prompts(decoder)
         for request in wanted:
-            plainly = request is None
-            results.append(
-                measure_plain(decoder, prompts, steps) if plainly else measure(decoder, prompts, steps, request)
-            )
+            if request is None:
+                results.append(measure_plain(decoder, prompts, steps))
+            else:
+                results += measure(decoder, prompts, steps, [request])
         # Last, since their buffers would count in the peak of device memory.
         link_gb_per_s, peak_flops_per_s = link.gb_per_s(), matmul.flops_per_s(decoder.dtype)
     lines, runs = rows(results, link_gb_per_s, peak_flops_per_s), growth(results)

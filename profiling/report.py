@@ -119,7 +119,7 @@ def page(folder: Path) -> str:
             tables = [table(report["table"]), *(table(report[name]) for name in MORE_TABLES if report.get(name))]
             sections.append(
                 f"## {path.stem}\n\n    {report['command']}\n\n{report['date']}, {report['machine']['device']}, driver "
-                f"{report['machine']['driver']}; {versions}.\n\n" + "\n\n".join(tables)
+                f"{report['machine']['driver']}; {versions}{predicted_by(report)}.\n\n" + "\n\n".join(tables)
             )
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path} is not a report of a benchmark: {error!r}") from error
@@ -128,6 +128,13 @@ def page(folder: Path) -> str:
     if len(sections) == 1:
         raise ValueError(f"{folder} has no reports: it must be a folder of the benchmarks' JSON files")
     return "\n\n".join(sections) + "\n"
+
+
+def predicted_by(report: dict[str, Any]) -> str:
+    """The version of the profile that a report's predictions are from, if it has any, as a part of a sentence."""
+    if "profile" not in report:
+        return ""
+    return f"; predicted by a profile of version {report['profile']['machine']['version']}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,27 +43,14 @@ def sweep(
     evenly = {round(index * tokens / (points - 1)) for index in range(points)}
     wanted = {(split, way if split else ways[0]) for way in ways for split in evenly | {plans[way].split}}
     ordered = sorted(wanted, key=lambda of: (of[0], ways.index(of[1])))
-    rounds = [
-        [decode.measure(decoder, prompts, steps, Request(str(split), way)) for split, way in ordered]
-        for _ in range(ROUNDS)
-    ]
+    measured = decode.measure(decoder, prompts, steps, [Request(str(split), way) for split, way in ordered], ROUNDS)
     return [
-        joined(measured) | {
+        result | {
             "two_phase_step_s": plans[way].costs.two_phase_step_s(split, tokens - split),
             "picked_by": [other for other in ways if plans[other].split == split and (not split or other == way)],
         }
-        for (split, way), measured in zip(ordered, zip(*rounds, strict=True), strict=True)
+        for (split, way), result in zip(ordered, measured, strict=True)
     ]  # fmt: skip
-
-
-def joined(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What was measured of one setting in each round, as one: the steps of all, what they compiled or waited for, and
-    else what the first one says, which compiled before them."""
-    lists = [name for name, value in rounds[0].items() if isinstance(value, list)]
-    return rounds[0] | {name: [value for each in rounds for value in each[name]] for name in lists} | {
-        "recompiled": sum(each["recompiled"] for each in rounds),
-        "longest_wait_s": max(each["longest_wait_s"] for each in rounds),
-    }  # fmt: skip
 
 
 def error(result: dict[str, Any]) -> float:

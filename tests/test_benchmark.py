@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import statistics
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,9 +139,35 @@ def test_few_steps_warm_up(monkeypatch):
     counted, decoder = [], Decoder(helpers.random_model(helpers.OPT))
     run = decode.run
     monkeypatch.setattr(decode, "run", lambda *of: counted.append(of[-1]) or run(*of))
-    for request in (Request("0%"), Request("0%", tail_tokens=3)):  # of which the second one is flushed once
-        decode.measure(decoder, [[3, 4, 5]], 5, request)
+    requests = [Request("0%"), Request("0%", tail_tokens=3)]  # of which the second one is flushed once
+    decode.measure(decoder, [[3, 4, 5]], 5, requests)
     assert counted == [2, 2, 5, 2, 2, 5]
+
+
+def test_settings_take_turns_and_each_keeps_the_steps_of_all_its_turns(monkeypatch):
+    """They are compiled in the first turn, each before it is timed; compute alone, which compiles, comes last. No
+    setting's cache is there beside another's."""
+    happened, alive, run = [], [], decode.run
+
+    def numbered(decoder, prompts, plan, steps):
+        assert not any(cache() for cache in alive)
+        happened.append((plan.split, steps))
+        turn = len(happened)
+        times, cache = run(decoder, prompts, plan, steps)
+        alive.append(weakref.ref(cache))
+        waits = {"prefill_s": 1 / turn, "recompiled": turn, "longest_wait_s": float(turn)}
+        return times | waits | {"step_s": [float(turn)] * steps}, cache
+
+    monkeypatch.setattr(decode, "run", numbered)
+    monkeypatch.setattr(decode, "compute_s", lambda decoder, cache: happened.append("compute") or 0.5)
+    decoder = Decoder(helpers.random_model(helpers.OPT))
+    few, many = decode.measure(decoder, [[3, 4, 5]], 3, [Request("0"), Request("2")], 3)
+    first = [(0, 2), (0, 2), (0, 3), (2, 2), (2, 2), (2, 3)]
+    assert happened == [*first, (0, 3), (2, 3), (0, 3), "compute", (2, 3), "compute"]
+    assert few["step_s"] == [3] * 3 + [7] * 3 + [9] * 3 and many["step_s"] == [6] * 3 + [8] * 3 + [11] * 3
+    assert len(few["predicted_step_s"]) == len(few["device_bytes"]) == 9
+    assert (few["recompiled"], few["longest_wait_s"], few["prefill_s"]) == (3 + 7 + 9, 9, 1 / 9)
+    assert few["compute_s"] == 0.5 and few["cache_host_bytes"] == few["step_bytes"][0] > many["cache_host_bytes"]
 
 
 @pytest.mark.parametrize("ahead", [True, False])
@@ -326,8 +353,10 @@ def test_a_page_has_each_report_below_its_command(tmp_path, capsys):
     page = (tmp_path / "README.md").read_text()
     assert page.startswith("# Here\n\nBy hand.\n\n## some\n\n    python -m kvpr_jax.profiling.decode --batch 3\n\n")
     assert page.endswith("| a | b |\n| --- | --- |\n| 1 | 2 |\n\n![some](some.svg)\n") and "gone" not in page
-    reports.write(tmp_path / "some.json", report | {"growth": [{"c": "3"}], "summary": [{"d": "4"}]})
+    assert "predicted" not in page
+    profiled = {"profile": {"machine": {"version": "7"}}}
+    reports.write(tmp_path / "some.json", report | profiled | {"growth": [{"c": "3"}], "summary": [{"d": "4"}]})
     tables = "| 1 | 2 |\n\n| c |\n| --- |\n| 3 |\n\n| d |\n| --- |\n| 4 |\n\n![some]"
-    assert tables in reports.page(tmp_path)
+    assert tables in reports.page(tmp_path) and "; predicted by a profile of version 7.\n" in reports.page(tmp_path)
     (tmp_path / "other.json").write_text("{}")
     assert reports.main([str(tmp_path)]) == 1 and "other.json is not a report" in capsys.readouterr().err

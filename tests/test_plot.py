@@ -222,7 +222,7 @@ def test_a_plot_stands_beside_its_report(matplotlib, tmp_path):
 
 def test_decode_draws_what_plot_draws_from_its_report(matplotlib, tmp_path, monkeypatch):
     results = iter(RESULTS)
-    monkeypatch.setattr(decode, "measure", lambda *_: next(results))
+    monkeypatch.setattr(decode, "measure", lambda *_: [next(results)])
     monkeypatch.setattr(link, "gb_per_s", lambda: 8.0)
     monkeypatch.setattr(matmul, "flops_per_s", lambda dtype: 1e12)
     out, first, again = tmp_path / "report.json", tmp_path / "first.svg", tmp_path / "again.svg"

@@ -33,17 +33,18 @@ def _slow_link(monkeypatch):
     monkeypatch.setattr(link, "gb_per_s", lambda: 2.0)
 
 
-def made_up(decoder, prompts, steps, request) -> dict:
+def made_up(decoder, prompts, steps, requests, rounds) -> list[dict]:
     """What `decode.measure` gives; a step takes what is predicted of it, twice that where it is absorbed."""
-    plan = decoder.plan(prompts, steps + 1, request).as_dict()
-    slower = 2 if plan["recompute"] == "absorb" and plan["split"] else 1
-    return {
-        "plan": plan,
-        "step_s": [slower * plan["predicted_step_s"]] * steps,
-        "predicted_step_s": [plan["predicted_step_s"]] * steps,
-        "recompiled": 0,
-        "longest_wait_s": 0.0,
-    }
+    plans = [decoder.plan(prompts, steps + 1, request).as_dict() for request in requests]
+    slower = [2 if plan["recompute"] == "absorb" and plan["split"] else 1 for plan in plans]
+    return [
+        {
+            "plan": plan,
+            "step_s": [times * plan["predicted_step_s"]] * steps * rounds,
+            "predicted_step_s": [plan["predicted_step_s"]] * steps * rounds,
+        }
+        for plan, times in zip(plans, slower, strict=True)
+    ]
 
 
 def sweep(monkeypatch, points: int, ways=("project", "absorb"), tokens: int = 64) -> list[dict]:
@@ -90,24 +91,6 @@ def test_picks_that_are_no_points_are_measured_as_well(monkeypatch):
         (split, "absorb", ["absorb"] if split == 64 else []) for split in (0, 16, 32, 48, 64)
     ]
     assert [split for split, _, _ in places(sweep(monkeypatch, 9, ["absorb"], tokens=3))] == [0, 1, 2, 3]
-
-
-def test_splits_take_turns_and_each_keeps_the_steps_of_all_its_turns(monkeypatch):
-    turns = []
-
-    def numbered(decoder, prompts, steps, request):
-        turns.append(request.split)
-        turn = len(turns)
-        waits = {"compile_s": turn, "recompiled": turn, "longest_wait_s": 1 / turn}
-        return made_up(decoder, prompts, steps, request) | waits | {"step_s": [float(turn)] * 2}
-
-    monkeypatch.setattr(decode, "measure", numbered)
-    results = splits.sweep(Decoder(random_model(CONFIG)), [[3] * 64, [4] * 64], 3, 2, ["absorb"])
-    assert turns == ["0", "64"] * 3
-    assert [result["step_s"] for result in results] == [[1, 1, 3, 3, 5, 5], [2, 2, 4, 4, 6, 6]]
-    assert [result["compile_s"] for result in results] == [1, 2]
-    assert [result["recompiled"] for result in results] == [1 + 3 + 5, 2 + 4 + 6]
-    assert [result["longest_wait_s"] for result in results] == [1, 1 / 2]
 
 
 def test_a_pick_of_zero_is_marked_once_for_each_way(monkeypatch):
