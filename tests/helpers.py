@@ -54,7 +54,7 @@ def implicit_promotion() -> Iterator[None]:
 def profile(**changes: object) -> Profile:
     """A machine whose link is slow and whose compute is fast; `changes` replace fields."""
     given = Profile(
-        machine={"device": "given"},
+        machine={"version": "0", "device": "given"},
         to_device=[(1, 1e-4 / 2**20), (2**20, 1e-4), (2**26, 6.4e-3)],
         to_host=[(2**20, 1e-4), (2**26, 6.4e-3)],
         both=[(2**20, 2e-4), (2**26, 1.28e-2)],
