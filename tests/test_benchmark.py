@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 import helpers
-from kvpr_jax import checkpoint, costs, engines, memory, scheduler
+from kvpr_jax import checkpoint, compiling, costs, engines, memory, scheduler
 from kvpr_jax.models import weights_bytes
 from kvpr_jax.plan import Request
 from kvpr_jax.profiling import decode, link, matmul, plain, residency, settings
@@ -145,8 +145,8 @@ def test_few_steps_warm_up(monkeypatch):
 
 
 def test_settings_take_turns_and_each_keeps_the_steps_of_all_its_turns(monkeypatch):
-    """They are compiled in the first turn, each before it is timed; compute alone, which compiles, comes last. No
-    setting's cache is there beside another's."""
+    """They are compiled in the first turn, each before it is timed. No setting's cache is there beside
+    another's."""
     happened, alive, run = [], [], decode.run
 
     def numbered(decoder, prompts, plan, steps):
@@ -183,15 +183,18 @@ def test_steps_are_timed_by_when_their_tokens_are_there(ahead, monkeypatch):
 
 
 def test_compute_alone_is_that_of_the_steps_calls(monkeypatch):
-    """Of as many layers each, over segments that do not move."""
+    """By the same functions over the same segments and as long a tail, but that nothing moves."""
     monkeypatch.setattr(costs, "GROUP", 8)
     decoder, prompts = Decoder(helpers.random_model(helpers.OPT)), [[3, 4, 5]]
-    _, cache = decode.run(decoder, prompts, decoder.plan(prompts, 5, Request("2")), 2)
-    seen, compute = [], decoder.shared("project")
-    monkeypatch.setattr(decoder, "shared", lambda _: lambda *of: seen.append(len(of[0])) or compute(*of))
+    _, cache = decode.run(decoder, prompts, decoder.plan(prompts, 9, Request("2")), 8)
+    seen, held, tail = [], memory.described(cache.groups[0], host=False), cache.tails[0].tokens
+    cache.functions = [lambda *of, own=own: seen.append(of[2]) or own(*of) for own in cache.functions]
+    compiled = compiling.compiled_here()
     assert decode.compute_s(decoder, cache) > 0
-    assert set(seen) == {decoder.config.num_layers}
-    assert cache.bytes_per_step == 0
+    assert len(seen) == 4 * max(1, min(5, tail // 4)) <= tail and cache.flushes == 0
+    assert all(memory.described(segments) == held for segments in seen)
+    assert {id(segment) for segments in seen for segment in segments} == {id(segment) for segment in seen[0]}
+    assert compiling.compiled_here() == compiled
 
 
 def test_a_device_that_holds_a_part_of_the_cache_is_a_setting_of_its_own(monkeypatch, tmp_path):
