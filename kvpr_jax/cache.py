@@ -162,9 +162,8 @@ class Cache:
     def _new_tails(self) -> None:
         """Empty tails from slot `length` on, in the form that they are to be held in."""
         self._tail_start, self.functions = self.length, []
-        group_bytes = memory.host_bytes(self.groups[0])
-        self.bytes_per_step = group_bytes * len(self.groups)
-        self.engine = engine_for(self.plan.engine, group_bytes)
+        self.bytes_per_step = memory.host_bytes(self.groups[0]) * len(self.groups)
+        self.engine = engine_for(self.plan.engine, self.groups[0])
         empty = self._tail_form(self.groups[0], self.flushes)
         self.tails = [memory.placed(empty(self)) for _ in self.groups]
         self.predicted_step_s = self.plan.step_s(self._read())

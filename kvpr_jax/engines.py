@@ -6,13 +6,14 @@ read the same segments, so that its first copies may be issued early.
 """
 
 import collections
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array
 
-from kvpr_jax import steps
+from kvpr_jax import memory, steps
 from kvpr_jax.segments import Held, Segment
 
 Engine = Literal["overlapped", "sequential"]
@@ -57,13 +58,17 @@ class Overlapped:
     step: they cross while the next token is chosen.
 
     Copies that are issued may cross in any order. Were those of group i+2 before the last one of group i+1, that group
-    would be computed late, and the link would have nothing to do meanwhile. So where no third group arrives beside
-    them, group i+2's may begin only when all of group i+1's arrays but the largest are there: that one is then on its
-    way.
+    would be computed late, and the link would have nothing to do meanwhile. So in a window of less than six, where no
+    third group arrives, group i+2's may begin only when all arrays of group i+1 that cross but the largest are there:
+    that one is then on its way, or there too.
+
+    Args:
+        window: groups.
+        crossing: of the segments of every group, those that cross the link.
     """
 
-    def __init__(self, window: int = WINDOW) -> None:
-        self.window, self.arriving = window, max(2, window // 2)
+    def __init__(self, window: int, crossing: Sequence[bool]) -> None:
+        self.window, self.arriving, self.crossing = window, max(2, window // 2), crossing
         self.ahead: collections.deque[tuple[Segment, ...]] = collections.deque()
         self.running: collections.deque[tuple[tuple[Segment, ...], Array]] = collections.deque()
 
@@ -90,13 +95,16 @@ class Overlapped:
         """The arrays of a group that is on its way for which the copies behind it wait."""
         if self.arriving > 2:
             return ()
-        arrays = [array for segment in segments for array in segment.arrays.values()]
+        crossing = itertools.compress(segments, self.crossing)
+        arrays = [array for segment in crossing for array in segment.arrays.values()]
         return tuple(sorted(arrays, key=lambda array: array.size)[:-1])
 
 
-def engine_for(engine: Engine, group_bytes: int) -> Sequential | Overlapped:
-    """A new engine for a cache of which so many bytes of each group cross the link in a step."""
-    return Sequential() if engine == "sequential" else Overlapped(window(group_bytes))
+def engine_for(engine: Engine, segments: tuple[Segment, ...]) -> Sequential | Overlapped:
+    """A new engine for a cache whose groups have such segments, in such places: arrays, or what describes them."""
+    if engine == "sequential":
+        return Sequential()
+    return Overlapped(window(memory.host_bytes(segments)), [memory.on_host(segment) for segment in segments])
 
 
 def window(group_bytes: int) -> int:

@@ -191,7 +191,7 @@ class Decoder:
             (memory.described(self.params[0]),) * cache.plan.group, h,
             memory.described(segments, host=False), memory.described(tail), memory.described(cache.place),
         )  # fmt: skip
-        engine = engines.engine_for(cache.plan.engine, memory.host_bytes(segments))
+        engine = engines.engine_for(cache.plan.engine, segments)
         if first := engine.first_to_arrive(memory.described(segments, host=False)):
             steps.wait_for.lower(first).compile()
         leaves, structure = jax.tree.flatten(shapes)

@@ -221,5 +221,5 @@ def concatenate(segments: tuple[Segment, ...], axis: int) -> Segment:
 
 @functools.partial(jax.jit, keep_unused=True)
 def wait_for(arrays: tuple[Array, ...]) -> Array:
-    """Nothing, once these arrays are there: copies issued behind this call begin when the device has come to it."""
+    """Nothing, once these arrays are there: copies issued behind this call begin when the device is past it."""
     return jnp.zeros(0)

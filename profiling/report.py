@@ -119,7 +119,7 @@ def page(folder: Path) -> str:
             tables = [table(report["table"]), *(table(report[name]) for name in MORE_TABLES if report.get(name))]
             sections.append(
                 f"## {path.stem}\n\n    {report['command']}\n\n{report['date']}, {report['machine']['device']}, driver "
-                f"{report['machine']['driver']}; {versions}{predicted_by(report)}.\n\n" + "\n\n".join(tables)
+                f"{report['machine']['driver']}; {versions}{profile_of(report)}.\n\n" + "\n\n".join(tables)
             )
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path} is not a report of a benchmark: {error!r}") from error
@@ -130,11 +130,9 @@ def page(folder: Path) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def predicted_by(report: dict[str, Any]) -> str:
-    """The version of the profile that a report's predictions are from, if it has any, as a part of a sentence."""
-    if "profile" not in report:
-        return ""
-    return f"; predicted by a profile of version {report['profile']['machine']['version']}"
+def profile_of(report: dict[str, Any]) -> str:
+    """The version of the profile that a report has, if it has any, as a part of a sentence."""
+    return f"; profile of version {report['profile']['machine']['version']}" if "profile" in report else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

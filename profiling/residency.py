@@ -61,7 +61,7 @@ def leave(cache: Cache, resident: Sequence[int]) -> None:
         host = (memory.to_host(segment[:count]),) if count else ()
         cache.groups[group] = jax.block_until_ready((*host, *((segment[count:],) if resident[group] else ())))
     cache.bytes_per_step = sum(map(memory.host_bytes, cache.groups))
-    cache.engine = engines.engine_for("overlapped", max(map(memory.host_bytes, cache.groups)))
+    cache.engine = engines.engine_for("overlapped", max(cache.groups, key=memory.host_bytes))
 
 
 def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, resident: Sequence[int]) -> dict[str, Any]:

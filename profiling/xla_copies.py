@@ -173,7 +173,6 @@ class Decoding:
         config = settings.shape(setting.model, setting.layers)
         self.decoder = Decoder(Model(config, dtype=dtype, rngs=nnx.Rngs(0)))
         self.recompute, self.count = setting.recompute, setting.layers
-        self.layer_bytes = setting.link_bytes // setting.layers
         batch, streamed = setting.batch, setting.prompt - setting.split
 
         def random(*shape: int) -> Array:
@@ -203,10 +202,10 @@ class Decoding:
 
     def engine(self) -> engines.Sequential | engines.Overlapped:
         """A new one, kvpr_jax's own."""
-        return engines.engine_for("overlapped", self.layer_bytes)
+        return engines.engine_for("overlapped", self.host.segments[0])
 
     def step(self, engine: engines.Sequential | engines.Overlapped) -> Array:
-        """A step by the engine; `issuing` has the seconds that the host does not wait."""
+        """A step by the engine; `issuing` has the seconds that the host takes to issue copies and compute."""
         self.issuing.seconds = 0.0
         compute = self.decoder.compute(self.tails, self.place, self.functions)
 

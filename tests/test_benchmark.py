@@ -145,8 +145,8 @@ def test_few_steps_warm_up(monkeypatch):
 
 
 def test_settings_take_turns_and_each_keeps_the_steps_of_all_its_turns(monkeypatch):
-    """They are compiled in the first turn, each before it is timed. No setting's cache is there beside
-    another's."""
+    """A short run comes before each timed one, and two in the first turn, whose difference is what was compiled. No
+    setting's cache is there beside another's."""
     happened, alive, run = [], [], decode.run
 
     def numbered(decoder, prompts, plan, steps):
@@ -156,17 +156,19 @@ def test_settings_take_turns_and_each_keeps_the_steps_of_all_its_turns(monkeypat
         times, cache = run(decoder, prompts, plan, steps)
         alive.append(weakref.ref(cache))
         waits = {"prefill_s": 1 / turn, "recompiled": turn, "longest_wait_s": float(turn)}
-        return times | waits | {"step_s": [float(turn)] * steps}, cache
+        return times | waits | {"step_s": [100.0 - turn] * steps}, cache
 
     monkeypatch.setattr(decode, "run", numbered)
     monkeypatch.setattr(decode, "compute_s", lambda decoder, cache: happened.append("compute") or 0.5)
     decoder = Decoder(helpers.random_model(helpers.OPT))
     few, many = decode.measure(decoder, [[3, 4, 5]], 3, [Request("0"), Request("2")], 3)
     first = [(0, 2), (0, 2), (0, 3), (2, 2), (2, 2), (2, 3)]
-    assert happened == [*first, (0, 3), (2, 3), (0, 3), "compute", (2, 3), "compute"]
-    assert few["step_s"] == [3] * 3 + [7] * 3 + [9] * 3 and many["step_s"] == [6] * 3 + [8] * 3 + [11] * 3
+    later = [(0, 2), (0, 3), (2, 2), (2, 3)]
+    assert happened == [*first, *later, *later[:2], "compute", *later[2:], "compute"]
+    assert few["step_s"] == [97] * 3 + [92] * 3 + [88] * 3 and many["step_s"] == [94] * 3 + [90] * 3 + [85] * 3
     assert len(few["predicted_step_s"]) == len(few["device_bytes"]) == 9
-    assert (few["recompiled"], few["longest_wait_s"], few["prefill_s"]) == (3 + 7 + 9, 9, 1 / 9)
+    assert (few["recompiled"], few["longest_wait_s"], few["prefill_s"]) == (3 + 8 + 12, 12, 1 / 12)
+    assert few["compile_s"] == pytest.approx(1 / 1 + 2 * 99 - (1 / 2 + 2 * 98))
     assert few["compute_s"] == 0.5 and few["cache_host_bytes"] == few["step_bytes"][0] > many["cache_host_bytes"]
 
 
@@ -182,19 +184,23 @@ def test_steps_are_timed_by_when_their_tokens_are_there(ahead, monkeypatch):
     assert (times["step_s"], times["state"]) == ([0.5, 2.5, 0.25], ["a", "b", "c"])
 
 
-def test_compute_alone_is_that_of_the_steps_calls(monkeypatch):
-    """By the same functions over the same segments and as long a tail, but that nothing moves."""
-    monkeypatch.setattr(costs, "GROUP", 8)
+@pytest.mark.parametrize("steps, count", [(8, 5), (1, 1)])
+def test_compute_alone_is_that_of_the_steps_calls(steps, count, monkeypatch):
+    """By the same functions over the same segments and as long a tail, but that nothing moves. No flush fills it."""
+    monkeypatch.setattr(costs, "GROUP", 1)
     decoder, prompts = Decoder(helpers.random_model(helpers.OPT)), [[3, 4, 5]]
-    _, cache = decode.run(decoder, prompts, decoder.plan(prompts, 9, Request("2")), 8)
-    seen, held, tail = [], memory.described(cache.groups[0], host=False), cache.tails[0].tokens
-    cache.functions = [lambda *of, own=own: seen.append(of[2]) or own(*of) for own in cache.functions]
+    plan = decoder.plan(prompts, 9 if steps > 1 else 2, Request("2", tail_tokens=8 if steps > 1 else 1))
+    _, cache = decode.run(decoder, prompts, plan, steps - 1 if steps > 1 else 1)  # copies of the next step are ahead
+    seen, held = [], memory.described(cache.groups[0], host=False)
+    cache.functions = [lambda *of, own=own: seen.append((of[2], of[4])) or own(*of) for own in cache.functions]
     compiled = compiling.compiled_here()
     assert decode.compute_s(decoder, cache) > 0
-    assert len(seen) == 4 * max(1, min(5, tail // 4)) <= tail and cache.flushes == 0
-    assert all(memory.described(segments) == held for segments in seen)
-    assert {id(segment) for segments in seen for segment in segments} == {id(segment) for segment in seen[0]}
-    assert compiling.compiled_here() == compiled
+    assert len(seen) == 4 * count * 3 and cache.flushes == 0
+    assert all(memory.described(segments) == held for segments, _ in seen)
+    assert {id(segment) for segments, _ in seen for segment in segments} == {id(segment) for segment in seen[0][0]}
+    slots = [3 + step for _ in range(4) for step in range(count) for _ in cache.groups]
+    assert [int(place.slots[0]) for _, place in seen] == slots
+    assert compiling.compiled_here() - compiled <= 2  # the first slot and the tokens, as arrays
 
 
 def test_a_device_that_holds_a_part_of_the_cache_is_a_setting_of_its_own(monkeypatch, tmp_path):
@@ -356,10 +362,10 @@ def test_a_page_has_each_report_below_its_command(tmp_path, capsys):
     page = (tmp_path / "README.md").read_text()
     assert page.startswith("# Here\n\nBy hand.\n\n## some\n\n    python -m kvpr_jax.profiling.decode --batch 3\n\n")
     assert page.endswith("| a | b |\n| --- | --- |\n| 1 | 2 |\n\n![some](some.svg)\n") and "gone" not in page
-    assert "predicted" not in page
+    assert "profile of version" not in page
     profiled = {"profile": {"machine": {"version": "7"}}}
     reports.write(tmp_path / "some.json", report | profiled | {"growth": [{"c": "3"}], "summary": [{"d": "4"}]})
     tables = "| 1 | 2 |\n\n| c |\n| --- |\n| 3 |\n\n| d |\n| --- |\n| 4 |\n\n![some]"
-    assert tables in reports.page(tmp_path) and "; predicted by a profile of version 7.\n" in reports.page(tmp_path)
+    assert tables in reports.page(tmp_path) and "; profile of version 7.\n" in reports.page(tmp_path)
     (tmp_path / "other.json").write_text("{}")
     assert reports.main([str(tmp_path)]) == 1 and "other.json is not a report" in capsys.readouterr().err
