@@ -187,12 +187,13 @@ class Decoder:
             h, segments, tail: shapes and places of what it is called with.
         """
         groups, recompute = len(cache.groups), cache.plan.recompute
+        arrived = memory.described(segments, host=False)
         shapes = (
             (memory.described(self.params[0]),) * cache.plan.group, h,
-            memory.described(segments, host=False), memory.described(tail), memory.described(cache.place),
+            arrived, memory.described(tail), memory.described(cache.place),
         )  # fmt: skip
         engine = engines.engine_for(cache.plan.engine, segments)
-        if first := engine.first_to_arrive(memory.described(segments, host=False)):
+        if first := engine.first_to_arrive(arrived):
             steps.wait_for.lower(first).compile()
         leaves, structure = jax.tree.flatten(shapes)
         key = recompute, structure, *leaves

@@ -184,13 +184,12 @@ def test_steps_are_timed_by_when_their_tokens_are_there(ahead, monkeypatch):
     assert (times["step_s"], times["state"]) == ([0.5, 2.5, 0.25], ["a", "b", "c"])
 
 
-@pytest.mark.parametrize("steps, count", [(8, 5), (1, 1)])
-def test_compute_alone_is_that_of_the_steps_calls(steps, count, monkeypatch):
+@pytest.mark.parametrize("tail, steps, count", [(8, 7, 5), (1, 1, 1)])  # behind 7 steps, copies of the next are ahead
+def test_compute_alone_is_that_of_the_steps_calls(tail, steps, count, monkeypatch):
     """By the same functions over the same segments and as long a tail, but that nothing moves. No flush fills it."""
     monkeypatch.setattr(costs, "GROUP", 1)
     decoder, prompts = Decoder(helpers.random_model(helpers.OPT)), [[3, 4, 5]]
-    plan = decoder.plan(prompts, 9 if steps > 1 else 2, Request("2", tail_tokens=8 if steps > 1 else 1))
-    _, cache = decode.run(decoder, prompts, plan, steps - 1 if steps > 1 else 1)  # copies of the next step are ahead
+    _, cache = decode.run(decoder, prompts, decoder.plan(prompts, tail + 1, Request("2", tail_tokens=tail)), steps)
     seen, held = [], memory.described(cache.groups[0], host=False)
     cache.functions = [lambda *of, own=own: seen.append((of[2], of[4])) or own(*of) for own in cache.functions]
     compiled = compiling.compiled_here()

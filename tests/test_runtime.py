@@ -505,7 +505,7 @@ def test_a_step_that_waits_for_its_compilation_says_so(monkeypatch):
     monkeypatch.setattr(Decoder, "_prepare", slow)
     decoder = Decoder(random_model(OPT))
     _, _, cache, _ = greedy(decoder, random_prompts((13, 7), OPT.vocab_size), 10, Request(split="6", tail_tokens=8))
-    assert 0.1 < cache.longest_wait_s < 1
+    assert 0.1 < cache.longest_wait_s < 0.6
 
 
 def test_the_compiling_thread_gives_way_only_while_it_compiles(monkeypatch):
