@@ -1,7 +1,7 @@
 """Devices that are not typed in: the one that was measured, and what others would be by their datasheets.
 
 The measured one inverts the formulas of `device.py` for every profile in a folder of reports and takes medians; what
-has a cost and a rate (copies, reading weights) is a line of least relative errors. A synthetic one has the same shares
+reading weights takes, and a layer beside it, is a line of least relative errors. A synthetic one has the same shares
 of its datasheet's peaks, and the same times where the host sets them.
 """
 
@@ -10,7 +10,7 @@ import json
 import math
 import shlex
 import statistics
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from kvpr_jax.config import ModelConfig
 from kvpr_jax.costs import Costs, Held
 from kvpr_jax.profiling import curves, decode, settings
 from kvpr_jax.profiling.device import Device, Weights
+from kvpr_jax.profiling.profile import FORMS
 
 RESULTS = Path(__file__).with_name("results") / "nvidia-h200"  # in a checkout only
 MEMORY_RATES = ("weights_bytes_per_s", "keys_values_bytes_per_s", "activations_bytes_per_s")
+HOST_TIMES = ("dispatch_s", "layer_dispatch_s", "segment_dispatch_s", "issue_s", "compile_s")
 DIGITS = 4  # of a derived figure: the spread of what is measured has no more
 
 
@@ -92,7 +94,7 @@ class Report:
         """What the formulas of `device.py` give for this report's profile alone, inverted."""
         config, n, measured = self.config, self.dtype.itemsize, self.profile
         weights, kv_numbers = self.weights, self.batch * config.num_kv_heads * config.head_dim
-        kv_s, projected_s, absorbed_s = (token_s(measured, form) for form in ("keys_values", "project", "absorb"))
+        kv_s, projected_s, absorbed_s = (segment_line(measured[form])[1] for form in FORMS)
         formed_s = (projected_s - kv_s) / 2
         reads_s = absorbed_s - weights.projected_dims / config.head_dim * (formed_s + kv_s / 2)
 
@@ -104,8 +106,7 @@ class Report:
             "flops_per_s": rate(2 * kv_numbers * config.hidden_size, formed_s),
             "keys_values_bytes_per_s": rate(2 * kv_numbers * n, kv_s),
             "activations_bytes_per_s": rate(weights.reads * self.batch * config.hidden_size * n, reads_s),
-            "issue_s": measured["issue_s"],
-            "compile_s": measured["compile_s"],
+            **{name: measured[name] for name in HOST_TIMES},
         }
 
     def step_s(self, result: dict[str, Any]) -> float:
@@ -117,30 +118,21 @@ class Report:
             if fetched == planned
         )
 
-    def copies(self, result: dict[str, Any]) -> float:
-        """A layer's share of the copies of a step: activations; keys, values. Once each layer had its own."""
-        held = _held(result["plan"])
-        return (bool(held.activations) + 2 * bool(held.keys_values)) / result["plan"].get("group", 1)
-
     def predicted_s(self, result: dict[str, Any], device: Device) -> float:
         """The same step by the cost model, on a device."""
         plan, profile = result["plan"], device.profile(self.config, self.dtype, self.batch)
-        costs = Costs(self.config, self.dtype.itemsize, self.batch, profile, plan.get("group", 1))
-        return costs.step_s(_held(plan), plan["recompute"], plan["engine"])
+        costs = Costs(self.config, self.dtype.itemsize, self.batch, profile, plan["group"])
+        keys_values = plan["cached_tokens"] - plan["resident_tokens"] - plan["split"]
+        held = Held(plan["split"], keys_values, plan["resident_tokens"])
+        return costs.step_s(held, plan["recompute"], plan["engine"])
 
 
-def token_s(profile: Mapping[str, Any], form: str) -> float:
-    """What a token adds to a segment in this form. Profiles had a line, in place of a curve, up to version 6."""
-    if form not in profile:
-        return profile[f"{form}_token_s"]
-    curve = profile[form]
+def segment_line(curve: Sequence[Sequence[int | float]]) -> tuple[float, float]:
+    """What a segment adds to a layer beside its tokens, and what each of them adds: from the shortest one to the
+    longest."""
     (few, few_s), (many, many_s) = curve[0] if len(curve) > 1 else (0, 0.0), curve[-1]
-    return (many_s - few_s) / (many - few)
-
-
-def _held(plan: dict[str, Any]) -> Held:
-    keys_values = plan["cached_tokens"] - plan["resident_tokens"] - plan["split"]
-    return Held(plan["split"], keys_values, plan["resident_tokens"])
+    token_s = (many_s - few_s) / (many - few)
+    return max(0.0, few_s - few * token_s), token_s
 
 
 def reports() -> list[Report]:
@@ -168,11 +160,8 @@ def measured(reports: list[Report]) -> Device:
     rates = [report.rates() for report in reports]
     layer_s, weights_bytes_per_s = curves.line([(r.weights.layer_bytes, r.profile["base_s"]) for r in reports])
     heads_s = [r.profile["head_s"] - r.weights.head_bytes / weights_bytes_per_s for r in reports]
-    issued_s = [
-        (report.step_s(result) - report.profile["head_s"]) / report.config.num_layers
-        - report.copies(result) * report.profile["issue_s"]
-        for report in reports
-        for result in report.results
+    absorbing_s = [
+        segment_line(r.profile["absorb"])[0] - r.weights.absorbed_bytes / weights_bytes_per_s for r in reports
     ]
     return _rounded(
         Device(
@@ -182,8 +171,8 @@ def measured(reports: list[Report]) -> Device:
             memory_bytes=H200.memory_gb * 10**9,
             weights_bytes_per_s=weights_bytes_per_s,
             layer_s=layer_s,
+            absorb_s=statistics.median(absorbing_s),
             head_s=statistics.median(heads_s),
-            dispatch_s=min(issued_s),
             **{name: statistics.median(rate[name] for rate in rates) for name in rates[0]},
         )
     )

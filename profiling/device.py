@@ -8,9 +8,10 @@ each sequence has in the cache adds to a layer's step
     absorb            2·B·D·K·p / flops_per_s + B·K·p·n / keys_values_bytes_per_s + r·B·D·n / activations_bytes_per_s
 
 where p are the dimensions of a head's keys that must be projected (`Attention.projected_dims`: all in Llama, none in
-OPT) and r says how often activations are read: for values, and for scores too unless p = d. Apart from the cache
+OPT) and r says how often activations are read: for values, and for scores too unless p = d. Apart from tokens
 
     a layer           layer_s + max(weights / weights_bytes_per_s, 2·B·parameters / flops_per_s)
+    absorbing         absorb_s + the same for weights of D·K·(2·d - p) parameters, which query and output go through
     the head          head_s + V·width·n / weights_bytes_per_s
     a copy            bytes / link_bytes_per_s
 """
@@ -31,6 +32,7 @@ from kvpr_jax.profiling import link, profile
 from kvpr_jax.profiling.profile import Profile
 
 DEVICES = Path(__file__).with_name("devices")  # those of this package
+LONGEST = 4096  # tokens of a line's end, which goes on behind it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +50,9 @@ class Device:
         keys_values_bytes_per_s: at which it attends to keys and values.
         activations_bytes_per_s: at which it attends to activations without forming keys or values.
         layer_s: what a layer's step takes beside reading its weights.
+        absorb_s: what an absorbed segment adds to it beside its tokens, and beside reading weights.
         head_s: what surrounds the layers in a step, beside reading the head's weights.
-        dispatch_s, issue_s: what the host needs to issue a layer's step, segments included, and a copy.
-        compile_s: tracing and compiling one layer step.
+        dispatch_s, layer_dispatch_s, segment_dispatch_s, issue_s, compile_s: the host's times, as in `Profile`.
     """
 
     name: str
@@ -63,8 +65,11 @@ class Device:
     keys_values_bytes_per_s: float
     activations_bytes_per_s: float
     layer_s: float
+    absorb_s: float
     head_s: float
     dispatch_s: float
+    layer_dispatch_s: float
+    segment_dispatch_s: float
     issue_s: float
     compile_s: float
 
@@ -89,13 +94,15 @@ class Device:
                 f"dtype {jnp.dtype(dtype).name} must be bfloat16 or float16: {self.name} has no rates for others"
             )
         weights = Weights.of(config, dtype)
-        layer_flops_s = 2 * batch * weights.layer_bytes / itemsize / self.flops_per_s
-        base_s = self.layer_s + max(weights.layer_bytes / self.weights_bytes_per_s, layer_flops_s)
+        weights_s = max(1 / self.weights_bytes_per_s, 2 * batch / itemsize / self.flops_per_s)  # a byte of them
+        base_s = self.layer_s + weights.layer_bytes * weights_s
         kv_numbers = batch * config.num_kv_heads * config.head_dim  # of keys; as many of values
         keys_values_s = 2 * kv_numbers * itemsize / self.keys_values_bytes_per_s
         formed_s = 2 * kv_numbers * config.hidden_size / self.flops_per_s  # keys; as long for values
         share = weights.projected_dims / config.head_dim
         reads_s = weights.reads * batch * config.hidden_size * itemsize / self.activations_bytes_per_s
+        absorbed_s = share * (formed_s + keys_values_s / 2) + reads_s
+        absorbing_s = self.absorb_s + weights.absorbed_bytes * weights_s
         copies = [(size, size / self.link_bytes_per_s) for size in link.SIZES]
         return Profile(
             machine={
@@ -113,11 +120,11 @@ class Device:
             mlp_s=base_s * weights.mlp_bytes / weights.layer_bytes,
             keys_values=[(1, keys_values_s)],
             project=[(1, 2 * formed_s + keys_values_s)],
-            absorb=[(1, share * (formed_s + keys_values_s / 2) + reads_s)],
+            absorb=[(tokens, absorbing_s + tokens * absorbed_s) for tokens in (1, LONGEST)],
             head_s=self.head_s + weights.head_bytes / self.weights_bytes_per_s,
             dispatch_s=self.dispatch_s,
-            layer_dispatch_s=self.dispatch_s,
-            segment_dispatch_s=0.0,
+            layer_dispatch_s=self.layer_dispatch_s,
+            segment_dispatch_s=self.segment_dispatch_s,
             issue_s=self.issue_s,
             beside_copies=0.0,
             compile_s=self.compile_s,
@@ -196,6 +203,7 @@ class Weights:
         head_bytes: of what gives the logits.
         model_bytes: of all weights.
         projected_dims: dimensions of a head's keys that are formed even where the others are absorbed.
+        absorbed_bytes: of what gives the other ones, and the values.
         reads: how often `absorb` reads the activations.
     """
 
@@ -204,6 +212,7 @@ class Weights:
     head_bytes: int
     model_bytes: int
     projected_dims: int
+    absorbed_bytes: int
     reads: int
 
     @classmethod
@@ -212,11 +221,13 @@ class Weights:
         model: Model = abstract(dataclasses.replace(config, num_layers=1), dtype)
         layer = model.layers[0]
         projected = layer.attention.projected_dims
+        absorbed = config.num_kv_heads * (2 * config.head_dim - projected)  # dimensions, of keys and values
         return cls(
             layer_bytes=nbytes(layer),
             mlp_bytes=nbytes(layer.mlp),
             head_bytes=nbytes(model.embedder.tokens),  # the head is as large, where it is not the same
             model_bytes=nbytes(model.embedder) + config.num_layers * nbytes(layer),
             projected_dims=projected,
+            absorbed_bytes=config.hidden_size * absorbed * dtype.itemsize,
             reads=1 if projected == config.head_dim else 2,
         )

@@ -9,7 +9,7 @@ import dataclasses
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -35,17 +35,21 @@ FIGURES = {  # what is shown of a device: heading, unit
     "keys_values_bytes_per_s": ("keys and values (GB/s)", 1e9),
     "activations_bytes_per_s": ("absorbed activations (GB/s)", 1e9),
     "layer_s": ("layer (ms)", 1e-3),
+    "absorb_s": ("absorbing (ms)", 1e-3),
     "head_s": ("embedding and LM head (ms)", 1e-3),
     "dispatch_s": ("issuing a layer (ms)", 1e-3),
-    "issue_s": ("issuing a copy (ms)", 1e-3),
+    "layer_dispatch_s": ("a further layer (ms)", 1e-3),
+    "segment_dispatch_s": ("a segment (ms)", 1e-3),
+    "issue_s": ("a copy (ms)", 1e-3),
     "compile_s": ("compiling (s)", 1.0),
 }
-MEASURED = {  # what is shown of a profile
-    "base_s": "layer",
-    "keys_values": "token as keys and values",
-    "project": "token, project",
-    "absorb": "token, absorb",
-    "head_s": "embedding and LM head",
+MEASURED: dict[str, Callable[[Mapping[str, Any]], float]] = {  # what is shown of a profile
+    "layer": lambda profile: profile["base_s"],
+    "token as keys and values": lambda profile: derived.segment_line(profile["keys_values"])[1],
+    "token, project": lambda profile: derived.segment_line(profile["project"])[1],
+    "token, absorb": lambda profile: derived.segment_line(profile["absorb"])[1],
+    "absorbing": lambda profile: derived.segment_line(profile["absorb"])[0],
+    "embedding and LM head": lambda profile: profile["head_s"],
 }
 
 HEADER = """\
@@ -86,15 +90,14 @@ The figures of the H200 invert the formulas for the profile in each report of th
 
 {inverted}
 
-- A rate of "inf": a token's time was less than the noise, as in a batch of one.
 - Reading weights: the time of a layer with next to no cache is a line through the bytes of a layer of all reports.
 - The link: large copies, which the benchmark measures beside the steps. In a step, copies are issued ahead and queue
   one behind the other, so that one costs no more than its bytes.
-- The head: the median of what the measured time has left once the head's weights are read.
-- Issuing a layer's step: the least time of a layer in any measured step, less its copies, since no step is faster than
-  the host issues it: an upper bound, which matters only where model, batch or prompt are small.
-- Absorbed activations spread most, and are slowest in small batches. Where the link is slow beside the device's memory,
-  as on the H200, this hides behind the copies; the lowest of these shares, on an L4, would not.
+- The head, and absorbing: the medians of what the measured times have left once the weights are read. A segment's time
+  beside its tokens is on the line through the shortest one and the longest. Profiles older than version 15 measured the
+  head as fast as the host issues it.
+- Absorbed activations spread most: in rotary models the keys are formed beside them, and what that leaves for reading
+  activations is three times as long.
 
 ### Synthetic
 
@@ -117,8 +120,7 @@ Then the steps, by the cost model. Small errors of what hides behind the link le
 
 {steps}
 
-With the cache on the host, the error is {median} in the median and {most} at most: that of the smallest steps, which
-the host could not issue faster.
+With the cache on the host, the error is {median} in the median and {most} at most.
 """
 
 
@@ -167,8 +169,7 @@ def page(argv: Sequence[str], setting: str, gained: str) -> str:
     for each in reports:
         found = h200.profile(each.config, each.dtype, each.batch)
         profiles.append({"report": each.name} | {
-            heading: _beside(*(_time_s(of, name) for of in (each.profile, vars(found))))
-            for name, heading in MEASURED.items()
+            heading: _beside(*map(seconds, (each.profile, vars(found)))) for heading, seconds in MEASURED.items()
         })  # fmt: skip
         for result in each.results:
             plan, measured_s, predicted_s = result["plan"], each.step_s(result), each.predicted_s(result, h200)
@@ -197,11 +198,6 @@ def page(argv: Sequence[str], setting: str, gained: str) -> str:
         median=f"{statistics.median(errors):.1%}",
         most=f"{max(errors):.1%}",
     )
-
-
-def _time_s(profile: Mapping[str, Any], name: str) -> float:
-    """A time of a profile's, or what a token adds by one of its curves."""
-    return profile[name] if name.endswith("_s") else derived.token_s(profile, name)
 
 
 def _beside(measured_s: float, found_s: float) -> str:
