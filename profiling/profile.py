@@ -114,7 +114,7 @@ def read(path: Path, key: dict[str, str]) -> Profile | None:
     """The stored profile, or None where there is none, it is damaged, or it describes something else."""
     try:
         profile = parsed(json.loads(path.read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return profile if profile.machine == key else None
 
@@ -161,10 +161,12 @@ def check_names(of: type, fields: Any) -> None:
 
 
 def _curve(pairs: Any) -> Curve:
-    """Stored times by size; ValueError for none at all, and for two of one size."""
+    """Stored times by size; ValueError for none at all, for two of one size, and for a size that nothing has."""
     curve = [(int(size), _seconds(seconds)) for size, seconds in pairs]
     if not curve or len(curve) > len(dict(curve)):
         raise ValueError("times of different sizes are wanted")
+    if max(curve)[0] >= 2**63:
+        raise ValueError("nothing is so large")
     return curve
 
 
@@ -177,8 +179,10 @@ def _seconds(value: Any) -> float:
 
 
 def write(path: Path, profile: Profile) -> None:
-    """Store a profile atomically: readers see the old file or the new one, never a part."""
+    """Store a profile atomically: readers see the old file or the new one, never a part; what fails leaves nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-        json.dump(dataclasses.asdict(profile), file, indent=1)
-    os.replace(file.name, path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
+        unfinished = Path(folder) / path.name
+        with unfinished.open("w") as file:
+            json.dump(dataclasses.asdict(profile), file, indent=1)
+        unfinished.replace(path)

@@ -94,8 +94,11 @@ def test_a_measured_profile_is_plausible_and_read_back(monkeypatch, small):
     lambda text: json.dumps(json.loads(text) | {"to_device": []}),
     lambda text: json.dumps(json.loads(text) | {"project": [[8, 1.0], [8, 2.0]]}),
     lambda text: json.dumps(json.loads(text) | {"absorb": [[0, 1.0]]}),
+    lambda text: json.dumps(json.loads(text) | {"keys_values": [[10**400, 1.0]]}),
+    lambda text: "[" * 10**5,
 ], ids=["truncated", "not an object", "renamed field", "other batch", "not a number", "negative", "not finite",
-        "a step of no time", "no time", "no size", "no copies", "one length twice", "no tokens"])  # fmt: skip
+        "a step of no time", "no time", "no size", "no copies", "one length twice", "no tokens", "too many tokens",
+        "nested"])  # fmt: skip
 def test_a_damaged_or_foreign_file_is_measured_again(damage, key, monkeypatch):
     path = profiles.path_of(key)
     fresh = profile(machine=key)
@@ -128,6 +131,7 @@ def test_an_interrupted_write_leaves_the_old_file(key, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             profiles.write(path, profile(machine=key, base_s=1.0))
     assert profiles.read(path, key) == old
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_cache_directory_that_cannot_be_written_is_no_error(key, monkeypatch, tmp_path):
