@@ -17,14 +17,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.costs import Costs, Held
+from kvpr_jax.costs import TIMES_OF, Costs, Held
 from kvpr_jax.profiling import curves, decode, settings
 from kvpr_jax.profiling.device import Device, Weights
 from kvpr_jax.profiling.profile import FORMS
 
 RESULTS = Path(__file__).with_name("results") / "nvidia-h200"  # in a checkout only
 MEMORY_RATES = ("weights_bytes_per_s", "keys_values_bytes_per_s", "activations_bytes_per_s")
-HOST_TIMES = ("dispatch_s", "layer_dispatch_s", "segment_dispatch_s", "issue_s", "compile_s")
+HOST_TIMES = (*TIMES_OF["dispatch"], "compile_s")
 DIGITS = 4  # of a derived figure: the spread of what is measured has no more
 
 

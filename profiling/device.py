@@ -32,7 +32,6 @@ from kvpr_jax.profiling import link, profile
 from kvpr_jax.profiling.profile import Profile
 
 DEVICES = Path(__file__).with_name("devices")  # those of this package
-LONGEST = 4096  # tokens of a line's end, which goes on behind it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +119,7 @@ class Device:
             mlp_s=base_s * weights.mlp_bytes / weights.layer_bytes,
             keys_values=[(1, keys_values_s)],
             project=[(1, 2 * formed_s + keys_values_s)],
-            absorb=[(tokens, absorbing_s + tokens * absorbed_s) for tokens in (1, LONGEST)],
+            absorb=[(tokens, absorbing_s + tokens * absorbed_s) for tokens in (1, 2)],  # a line, which goes on
             head_s=self.head_s + weights.head_bytes / self.weights_bytes_per_s,
             dispatch_s=self.dispatch_s,
             layer_dispatch_s=self.layer_dispatch_s,

@@ -125,19 +125,21 @@ def test_the_h200_reproduces_what_was_measured_on_it():
     """Within what its page states: a few percent."""
     h200, reports = derived.devices()[0], derived.reports()
     assert len(reports) == 13
-    errors = []
+    errors, heads = [], []
     for report in reports:
         found = h200.profile(report.config, report.dtype, report.batch)
         noise = 0.15 if report.batch == 1 else 0.1  # one sequence's tokens take little beside a segment
         assert added_s(found.project) == pytest.approx(derived.segment_line(report.profile["project"])[1], rel=noise)
         assert absorbing_s(found.absorb) == pytest.approx(derived.segment_line(report.profile["absorb"])[0], abs=4e-5)
         assert found.base_s == pytest.approx(report.profile["base_s"], rel=0.2)
-        assert found.head_s == pytest.approx(report.profile["head_s"], abs=3e-4)  # up to version 14, the host's time
+        assert found.head_s == pytest.approx(report.profile["head_s"], abs=2.3e-4)  # up to version 14, the host's time
+        heads.append(found.head_s / report.profile["head_s"])
         errors += [
             abs(report.predicted_s(result, h200) / report.step_s(result) - 1)
             for result in report.results
             if result["plan"]["offloaded"]
         ]
+    assert statistics.median(abs(ratio - 1) for ratio in heads) < 0.25
     assert len(errors) > 30 and statistics.median(errors) < 0.0075 and max(errors) < 0.055
     page = (device.DEVICES / "README.md").read_text()
     stated = re.search(r"error is (\S+)% in the median and (\S+)% at most", page)
