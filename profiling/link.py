@@ -14,7 +14,7 @@ Way = Literal["to_device", "to_host", "both"]
 
 MIB = 2**20
 SIZES = (MIB // 16, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
-TRIALS = 10
+TRIALS, TRIALS_ON_CPU = 10, 3
 UNDER_WAY = 4  # copies at once, about as many as an engine's window has: a link is slower where all are issued at once
 # Copies in a row, few and many: what the others add to the first ones is free of the cost of beginning.
 COPIES: dict[Way, tuple[int, int]] = {"to_device": (4, 20), "to_host": (4, 12), "both": (4, 12)}
@@ -37,7 +37,7 @@ def copy_s(way: Way, size: int) -> float:
 def copies_s(way: Way, size: int, copies: int) -> float:
     """Seconds of so many copies of `size` bytes in a row, or with "both" so many each way, `UNDER_WAY` of them at once.
 
-    The least of `TRIALS`: what else the machine does only makes them longer.
+    The least of several trials: what else the machine does only makes them longer.
     """
     here = _segment(size)
     moves = [] if way == "to_host" else [(lambda there: memory.fetched([there])[0], memory.to_host(here))]
@@ -51,7 +51,7 @@ def copies_s(way: Way, size: int, copies: int) -> float:
             under_way.append([move(source).x for move, source in moves])
         return [*under_way]
 
-    return min(trials_s(in_a_row, TRIALS))
+    return min(trials_s(in_a_row, TRIALS_ON_CPU if memory.device_memory_is_host_memory() else TRIALS))
 
 
 def under_way(copies: int) -> list[jax.Array]:

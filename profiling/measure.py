@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from kvpr_jax import memory, steps
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.models import Model, abstract, weights_bytes
+from kvpr_jax.models import Model, abstract, nbytes, weights_bytes
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling import link
 from kvpr_jax.profiling.curves import Curve
@@ -28,6 +28,8 @@ from kvpr_jax.sampling import Sampling, prompt_keys
 from kvpr_jax.segments import Activations, KeysValues, Place, Segment
 
 PROBE_TOKENS, PROBE_TOKENS_ON_CPU = 16384, 512  # over the batch: tokens in the longest segment that is measured
+PROBE_FLOPS_ON_CPU = 2**35  # of projecting these, at most
+HEAD_NUMBERS_ON_CPU = 2**26  # of the head that is measured, at most: the vocabulary's others take as long each
 LONGEST = 4096  # tokens in it, at most
 PROBE_TAIL = 16  # slots in the tail of the steps measured, which take the time of another short segment for it
 PROBE_SLOT = 2**20  # the first of these, behind any segment
@@ -38,10 +40,11 @@ AHEAD_BYTES = 2**28  # read and written meanwhile, again and again
 QUEUED, QUEUED_S = 24, 0.025  # calls behind that, at most
 LASTING_S = 0.1  # of calls that compute so much that a GPU lowers its clock: it has done so by then
 LONG_S = 0.1  # what takes so long is measured once: a slow machine is done in seconds too
+AGAIN_S = 0.5  # and on a CPU as often again as is done in this time
 CALLS = 8  # whose issuing is measured, dispatched together as the engine does
 BESIDE_S = 0.01  # of calls with copies beside them and without, at least
 TURNS = 5  # of those
-ENOUGH_S = 15.0  # then no further segments, and in the ways that no plan asks for one size only
+ENOUGH_S, ENOUGH_ON_CPU_S = 15.0, 8.0  # then no further segments, and in the ways that no plan asks for one size only
 # Segments measured, by how many times as few tokens they have as the longest ones. Needed are the longest, and on a GPU
 # a shorter one where it tells what any segment takes beside its tokens; the others come in this order. Projecting is no
 # line: each length gets the matrix product that suits it, and of few rows reading the weights is what takes time.
@@ -80,19 +83,29 @@ def measure(
 
     Args:
         progress: called with (things measured or left out, things in all).
+
+    Raises:
+        MemoryError: the device has less memory than is measured in.
     """
     begin, compiled_s, measured = time.perf_counter(), dict[Any, float](), dict[Any, float]()
     on_cpu = memory.device_memory_is_host_memory()
-    probe = PROBE_TOKENS_ON_CPU if on_cpu else PROBE_TOKENS
-    tokens = max(SHORTEST, min(probe // batch, LONGEST))
+    tokens = max(SHORTEST, min(PROBE_TOKENS // batch, LONGEST))
+    vocab_size = config.vocab_size
+    if on_cpu:
+        projected = PROBE_FLOPS_ON_CPU // (2 * config.hidden_size * config.kv_width)
+        tokens = max(1, min(PROBE_TOKENS_ON_CPU, projected) // batch)
+        vocab_size = min(vocab_size, HEAD_NUMBERS_ON_CPU // config.hidden_size)
     some = dataclasses.replace(config, num_layers=SEVERAL)  # with segments and products to try they take twice that
     several = 1 if on_cpu or 2 * weights_bytes(some, dtype) > memory.free_device_bytes() else SEVERAL
-    model = _some(abstract(dataclasses.replace(config, num_layers=several), dtype))
-    shares = [*NEEDED, *FURTHER]
+    shares = [(form, times) for form, times in (*NEEDED, *FURTHER) if times <= tokens]
     forms = [(form, tokens // times) for form, times in shares]
     shortest = "keys_values", tokens // (1 if on_cpu else SHORTEST)
     layers = {of: several if of == shortest else 1 for of in forms}  # of a call; of several, to issue it is measured
-    segments = _segments(model, batch, {(FORMS[form][0], count): layers[form, count] for form, count in forms})
+    lengths = {(FORMS[form][0], count): layers[form, count] for form, count in forms}
+    shapes = abstract(dataclasses.replace(config, num_layers=several, vocab_size=vocab_size), dtype)
+    _check_memory(shapes, batch, lengths, [*{1, several}, *layers.values()])
+    model = _some(shapes)
+    segments = _segments(model, batch, lengths)
     segments[shortest].append(jax.tree.map(jnp.copy, segments[shortest][0]))
     functions: dict[Any, Compile] = {("layers", count): _layers(model, batch, layers=count) for count in {1, several}}
     functions |= {"mlp": _mlp(model, batch), "head": _head(model, batch)}
@@ -107,7 +120,7 @@ def measure(
         compiling = time.perf_counter()
         calls[name] = functions[name]()
         compiled_s[name] = time.perf_counter() - compiling
-        run_s = _run_s(calls[name], ahead)
+        run_s = _run_s(calls[name], ahead, warm_up=not on_cpu or name == ("layers", 1))
         return _lasting_s(calls[name], run_s) if name in lasting else run_s
 
     def dispatch(name: Any) -> float:
@@ -131,7 +144,7 @@ def measure(
         needed.add("beside")
     order = sorted(measurements, key=lambda name: name not in needed)
     for done, name in enumerate(order, start=1):
-        if name in needed or time.perf_counter() - begin < ENOUGH_S:
+        if name in needed or time.perf_counter() - begin < (ENOUGH_ON_CPU_S if on_cpu else ENOUGH_S):
             measured[name] = measurements[name]()
         if progress is not None:
             progress(done, len(order))
@@ -146,10 +159,15 @@ def measure(
         """What each further layer takes, no more than one alone."""
         return min(added_s(1, one_s, several, several_s), one_s) if several > 1 else one_s
 
+    def least_s(form: str, count: int) -> float:
+        """On a CPU, where it may be less than the noise: a segment is not read faster than weights."""
+        segment = segments[FORMS[form][0], count][0]
+        return base_s * segment.nbytes / nbytes(model.layers[0]) if on_cpu else 0.0
+
     def by_length(form: str) -> Curve:
         found = sorted(count for of, count in forms if of == form and (of, count) in measured)
         added = {count: measured[form, count] - measured["layers", layers[form, count]] for count in found}
-        return [(count, max(0.0, added[count]) / layers[form, count]) for count in found]
+        return [(count, max(least_s(form, count), added[count]) / layers[form, count]) for count in found]
 
     def by_size(way: link.Way) -> Curve:
         return [(size, measured[way, size]) for size in link.sizes(way) if (way, size) in measured]
@@ -165,7 +183,7 @@ def measure(
         keys_values=by_length("keys_values"),
         project=by_length("project"),
         absorb=by_length("absorb"),
-        head_s=measured["head"],
+        head_s=measured["head"] * config.vocab_size / vocab_size,
         dispatch_s=dispatch_s,
         layer_dispatch_s=further(measured["dispatch", ("layers", several)], dispatch_s),
         segment_dispatch_s=max(0.0, segments_s) / together,
@@ -175,8 +193,35 @@ def measure(
     )
 
 
+def _check_memory(model: Model, batch: int, segments: Mapping[tuple[str, int], int], functions: Sequence[int]) -> None:
+    """Raises MemoryError, with both figures, if the weights, the segments, the functions' tails, and one more tail or
+    the logits while a function runs, do not fit what is free. These are all there at once; there is a little more.
+
+    Args:
+        model: its shapes.
+        segments: as for `_segments`.
+        functions: the layers of each function that has a tail.
+    """
+    config = model.config
+    widths = {"activations": config.hidden_size, "keys_values": config.kv_width}
+    numbers = sum(layers * count * widths[held] for (held, count), layers in segments.items())
+    tail = PROBE_TAIL * config.kv_width
+    numbers += tail * sum(functions) + max(tail, config.vocab_size)
+    needed, free = nbytes(model) + batch * numbers * model.dtype.itemsize, memory.free_device_bytes()
+    if memory.device_memory_is_host_memory():  # which gets back late what functions have used
+        free = free * 7 // 8
+    if needed > free:
+        raise MemoryError(
+            f"not enough memory to measure layers of batch {batch}: {needed / memory.GIB:.2f} GiB are needed and "
+            f"{free / memory.GIB:.2f} GiB are free on the device; change --batch, the number of prompts or --dtype"
+        )
+
+
 def _numbers(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    """Numbers that are nothing special, repeated: on a CPU a layer of random ones takes long to draw."""
+    """Numbers that are nothing special, repeated. On a CPU, whose times do not depend on them, they are all the same:
+    of a large layer others take seconds to make."""
+    if memory.device_memory_is_host_memory():
+        return jnp.full(shape, 0.02, dtype)
     return jnp.resize(0.02 * jax.random.normal(key, (2**16 + 1,), dtype), shape)
 
 
@@ -184,7 +229,7 @@ def _some(model: Model) -> Model:
     """A model of these shapes, with such numbers; all made by one function, since each one takes long to compile."""
     graphdef, state = nnx.split(model)
     made = jax.jit(lambda key: jax.tree.map(lambda leaf: _numbers(key, leaf.shape, leaf.dtype), state))
-    return nnx.merge(graphdef, made(jax.random.key(0)))
+    return nnx.merge(graphdef, jax.block_until_ready(made(jax.random.key(0))))
 
 
 def _segments(model: Model, batch: int, layers: Mapping[tuple[str, int], int]) -> dict[tuple[str, int], list[Segment]]:
@@ -203,7 +248,7 @@ def _segments(model: Model, batch: int, layers: Mapping[tuple[str, int], int]) -
         return KeysValues(kv, kv, slots)
 
     made = jax.jit(lambda key: {wanted: [segment(key, *wanted)] for wanted in layers})
-    return memory.placed(made(jax.random.key(0)))
+    return jax.block_until_ready(memory.placed(made(jax.random.key(0))))
 
 
 def _layers(
@@ -294,15 +339,19 @@ def _ahead() -> Callable[[], Any]:
     return lambda: calls(math.ceil(AHEAD_S / one_s))
 
 
-def _run_s(calls: Issue, ahead: Callable[[], Any]) -> float:
+def _run_s(calls: Issue, ahead: Callable[[], Any], warm_up: bool) -> float:
     """Seconds to run once what `calls` issues; it is compiled, and has not run before.
 
     A GPU is busy with what is `ahead` meanwhile, so that what the host takes to issue them is no part of it.
+
+    Args:
+        warm_up: whether the first call is left out, in which a GPU may load what it needs. On a CPU calls may be long,
+            and it is needed only where what all others add is counted from.
     """
-    warm_up = 0 if memory.device_memory_is_host_memory() else 1  # in which a GPU may load what it needs
-    (once_s,) = trials_s(lambda: calls(1), trials=1, warm_up=warm_up)
+    (once_s,) = trials_s(lambda: calls(1), trials=1, warm_up=int(warm_up))
     if once_s >= LONG_S:
-        return once_s
+        again = int(AGAIN_S / once_s) if memory.device_memory_is_host_memory() else 0
+        return min([once_s, *trials_s(lambda: calls(1), trials=again, warm_up=0)])
     count = max(1, min(QUEUED, int(QUEUED_S / once_s)))
     ahead_s, both_s = (min(trials_s(of, 4, warm_up=0)) for of in (ahead, lambda: (ahead(), calls(count))))
     return (both_s - ahead_s) / count if both_s > ahead_s else once_s

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pynvml
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import OPT, profile
-from kvpr_jax import checkpoint, command_line, memory
+from kvpr_jax import checkpoint, command_line, memory, models
 from kvpr_jax.costs import Costs, Held
-from kvpr_jax.models import weights_bytes
+from kvpr_jax.models import abstract, weights_bytes
 from kvpr_jax.profiling import curves, link, nvidia, timing
 from kvpr_jax.profiling import measure as measuring
 from kvpr_jax.profiling import profile as profiles
@@ -65,7 +66,7 @@ def gpu(monkeypatch):
 
 
 def test_a_measured_profile_is_plausible_and_read_back(monkeypatch, small):
-    monkeypatch.setattr(measuring, "ENOUGH_S", 600.0)  # another process may use this machine
+    monkeypatch.setattr(measuring, "ENOUGH_ON_CPU_S", 600.0)  # another process may use this machine
     measured = load_or_measure(OPT, FLOAT32, 2)
     assert [size for size, _ in measured.to_device] == [2**16, 2**20]  # the largest on a GPU only
     assert all(seconds > 0 for _, seconds in measured.to_device + measured.to_host + measured.both)
@@ -207,6 +208,24 @@ def test_copies_go_where_they_are_said_to(monkeypatch):
         assert moved == expected
 
 
+@pytest.mark.parametrize("gpu, expected", [(True, link.TRIALS), (False, link.TRIALS_ON_CPU)])
+def test_copies_are_tried_less_often_on_a_cpu(gpu, expected, monkeypatch):
+    monkeypatch.setattr(memory, "device_memory_is_host_memory", lambda: not gpu)
+    monkeypatch.setattr(memory, "to_host", lambda here: here)
+    monkeypatch.setattr(link, "trials_s", lambda _, trials: [float(trials)])
+    assert link.copies_s("to_device", 2**10, 2) == expected
+
+
+def test_weights_and_segments_are_there_before_anything_is_measured(monkeypatch):
+    """What still writes them would make the first measurement longer, from which all others are counted."""
+    waited_for = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda tree: waited_for.extend(jax.tree.leaves(tree)) or tree)
+    model = measuring._some(abstract(OPT, FLOAT32))
+    segments = measuring._segments(model, 2, {("keys_values", 8): 1})
+    made = jax.tree.leaves((nnx.state(model), segments))
+    assert {*map(id, made)} == {*map(id, waited_for)}
+
+
 def test_a_few_copies_are_under_way_at_once(monkeypatch):
     under_way, most = [], []
 
@@ -263,18 +282,27 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, host, tight, monk
 
     clock = types.SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr(measuring, "time", clock)
-    monkeypatch.setattr(measuring, "ENOUGH_S", enough_s)
+    for name in ("ENOUGH_S", "ENOUGH_ON_CPU_S"):
+        monkeypatch.setattr(measuring, name, enough_s)
     of_weights = weights_bytes(dataclasses.replace(OPT, num_layers=measuring.SEVERAL), FLOAT32)
     free = 2 * of_weights - 1 if tight else 2**60
     several = measuring.SEVERAL if gpu and not tight else 1
     monkeypatch.setattr(measuring.memory, "free_device_bytes", lambda: free)
+    monkeypatch.setattr(measuring, "_check_memory", lambda *_: None)  # which does not count tails that are not made
     monkeypatch.setattr(measuring, "PROBE_TOKENS", 256)
     monkeypatch.setattr(measuring, "LONGEST", 64)
     few_rows = not tight  # 2 tokens of 2 sequences
     monkeypatch.setattr(measuring, "FEW_ROWS", 5 if few_rows else 4)
     monkeypatch.setattr(measuring.memory, "device_memory_is_host_memory", lambda: not gpu)
     monkeypatch.setattr(measuring, "_layers", Calls)
-    monkeypatch.setattr(measuring, "_run_s", lambda calls, ahead: events.append("measured") or calls.run_s)
+    warm = []
+
+    def run_s(calls, ahead, warm_up):
+        events.append("measured")
+        warm.extend([calls] * warm_up)
+        return calls.run_s
+
+    monkeypatch.setattr(measuring, "_run_s", run_s)
     monkeypatch.setattr(measuring, "_lasting_s", lambda calls, run_s: lasting.append(calls) or run_s + 1e-3)
     monkeypatch.setattr(measuring, "_dispatch_s", lambda calls, run_s: calls.dispatch_s + run_s / 1000)
     monkeypatch.setattr(measuring, "_beside_copies", lambda calls, run_s, copy_s, most: run_s + copy_s + most)
@@ -290,7 +318,12 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, host, tight, monk
         assert [tokens for tokens, _ in curve] == lengths
         lasts = [gpu and form == "project" and 2 * tokens > measuring.FEW_ROWS for tokens in lengths]
         added = [begin_s + tokens * token_s + more / 1000 for tokens, more in zip(lengths, lasts, strict=True)]
-        assert [seconds for _, seconds in curve] == pytest.approx([max(0.0, seconds) for seconds in added])
+        numbers = [2 * tokens * (OPT.kv_width if form == "keys_values" else OPT.hidden_size) for tokens in lengths]
+        per_number_s = (
+            0.0 if gpu else base_s / (models.nbytes(abstract(OPT, FLOAT32).layers[0]) / 4)
+        )  # as weights at least
+        least = [count * per_number_s for count in numbers]
+        assert [seconds for _, seconds in curve] == pytest.approx([*map(max, least, added)])
     assert len(lasting) == sum(gpu and 2 * tokens > measuring.FEW_ROWS for tokens, _ in measured.project)
     assert in_groups == ([2] if several > 1 else [])
     assert (measured.compile_s, measured.base_s) == (pytest.approx(3.0), base_s)
@@ -307,6 +340,58 @@ def test_segments_are_measured_by_length(small, enough_s, gpu, host, tight, monk
     curves_of = (measured.keys_values, measured.project, measured.absorb)
     others = len({1, several}) + 2  # layers alone, the MLP, the head
     assert events == ["compiled", "measured"] * (others + sum(map(len, curves_of)))  # nothing compiled in vain
+    assert len(warm) == (len(events) // 2 if gpu else 1) and not warm[0].segments  # what others are counted from
+
+
+@pytest.mark.parametrize("gpu, batch, width, tokens, vocab_size", [
+    (False, 4, 128, 128, 50272), (False, 4, 4096, 128, 16384), (False, 4, 8192, 32, 8192), (False, 999, 4096, 1, 16384),
+    (True, 4, 8192, 4096, 50272), (True, 1000, 4096, 32, 50272),
+])  # fmt: skip
+def test_slow_shapes_are_measured_small_on_a_cpu(gpu, batch, width, tokens, vocab_size, monkeypatch):
+    """Few tokens where projecting takes long, a part of the vocabulary where that is large; on a GPU all of both."""
+    config = dataclasses.replace(
+        OPT, hidden_size=width, embed_size=width, num_heads=64, num_kv_heads=64, head_dim=width // 64, vocab_size=50272
+    )
+
+    def shapes(model, batch, segments, functions):
+        raise MemoryError(model.config.vocab_size, max(count for _, count in segments))
+
+    monkeypatch.setattr(measuring.memory, "device_memory_is_host_memory", lambda: not gpu)
+    monkeypatch.setattr(measuring, "_check_memory", shapes)
+    with pytest.raises(MemoryError) as seen:
+        measuring.measure(config, FLOAT32, batch)
+    assert seen.value.args == (vocab_size, tokens)
+
+
+def test_the_rest_of_the_vocabulary_takes_as_long(small, monkeypatch):
+    monkeypatch.setattr(measuring, "HEAD_NUMBERS_ON_CPU", OPT.hidden_size * 10)
+    monkeypatch.setattr(measuring, "ENOUGH_ON_CPU_S", 0.0)
+    monkeypatch.setattr(measuring, "_run_s", lambda *_, **__: 1.0)
+    assert measuring.measure(OPT, FLOAT32, 2).head_s == pytest.approx(OPT.vocab_size / 10)
+
+
+def test_memory_is_checked_before_anything_is_made(small, monkeypatch, capsys):
+    monkeypatch.setattr(measuring, "_some", lambda _: pytest.fail("weights are made"))
+    assert command.main(["--batch", "1000000000"]) == command_line.FAILURE
+    printed, error = capsys.readouterr()
+    assert printed == "" and error.count("\n") == 1
+    assert "not enough memory to measure layers of batch 1000000000: " in error and error.count("GiB") == 2
+
+
+@pytest.mark.parametrize("gpu, more", [(True, 0), (False, 1 / 7)])
+def test_memory_that_is_enough_is_no_error(gpu, more, monkeypatch):
+    """Weights, 10 tokens as activations and 20 as keys and values, three tails, and the logits or another tail."""
+    model, batch = abstract(OPT, FLOAT32), 5
+    tails = 3 * measuring.PROBE_TAIL
+    numbers = 10 * OPT.hidden_size + (2 * 20 + tails) * OPT.kv_width + max(OPT.vocab_size, tails // 3 * OPT.kv_width)
+    needed = round((models.nbytes(model) + batch * numbers * 4) * (1 + more))
+    monkeypatch.setattr(measuring.memory, "device_memory_is_host_memory", lambda: not gpu)
+    arguments = model, batch, {("activations", 10): 1, ("keys_values", 20): 2}, [1, 2]
+    monkeypatch.setattr(measuring.memory, "free_device_bytes", lambda: needed + 8)
+    measuring._check_memory(*arguments)
+    monkeypatch.setattr(measuring.memory, "free_device_bytes", lambda: needed - 8)
+    with pytest.raises(MemoryError, match="change --batch, the number of prompts or --dtype"):
+        measuring._check_memory(*arguments)
 
 
 def test_a_tail_lengthens_one_of_several_segments():
@@ -398,7 +483,16 @@ class Queue:
 def test_a_call_takes_what_the_device_does_however_slow_the_host_is(call_s, host_s, asked, monkeypatch):
     queue = Queue(call_s, host_s)
     monkeypatch.setattr(measuring, "trials_s", queue.trials_s)
-    assert measuring._run_s(queue.calls, queue.ahead) == pytest.approx(call_s) and queue.asked == asked
+    monkeypatch.setattr(measuring.memory, "device_memory_is_host_memory", lambda: False)
+    assert measuring._run_s(queue.calls, queue.ahead, warm_up=False) == pytest.approx(call_s) and queue.asked == asked
+
+
+@pytest.mark.parametrize("call_s, noise_s, asked", [(0.2, [0.05, 0.01, 0.0], 3), (0.2, [0.4], 1), (0.6, [0.0], 1)])
+def test_a_long_call_is_measured_again_on_a_cpu_while_there_is_time(call_s, noise_s, asked, monkeypatch):
+    queue = Queue(call_s, 0.0, noise_s, ahead_s=0.0)
+    monkeypatch.setattr(measuring, "trials_s", queue.trials_s)
+    assert measuring._run_s(queue.calls, queue.ahead, warm_up=False) == pytest.approx(call_s + min(noise_s))
+    assert queue.asked == [1] * asked
 
 
 @pytest.mark.parametrize("noise_s, expected", [
@@ -407,16 +501,15 @@ def test_a_call_takes_what_the_device_does_however_slow_the_host_is(call_s, host
 def test_of_several_trials_the_shortest_counts_and_what_is_noise_is_no_time(noise_s, expected, monkeypatch):
     queue = Queue(1e-3, 2e-4, noise_s)
     monkeypatch.setattr(measuring, "trials_s", queue.trials_s)
-    assert measuring._run_s(queue.calls, queue.ahead) == pytest.approx(expected)
+    assert measuring._run_s(queue.calls, queue.ahead, warm_up=False) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("gpu, asked", [(True, [1] * 2 + [11] * 4), (False, [1])])
-def test_the_first_call_on_a_gpu_is_not_taken_for_a_long_one(gpu, asked, monkeypatch):
+@pytest.mark.parametrize("warm_up, asked", [(True, [1] * 2 + [11] * 4), (False, [1])])
+def test_the_first_call_is_not_taken_for_a_long_one(warm_up, asked, monkeypatch):
     queue = Queue(2e-3, 2e-4, noise_s=[0.5])
     monkeypatch.setattr(measuring, "trials_s", queue.trials_s)
-    monkeypatch.setattr(measuring.memory, "device_memory_is_host_memory", lambda: not gpu)
-    seconds = measuring._run_s(queue.calls, queue.ahead)
-    assert seconds == pytest.approx(2e-3 if gpu else 0.5022) and queue.asked == asked
+    seconds = measuring._run_s(queue.calls, queue.ahead, warm_up)
+    assert seconds == pytest.approx(2e-3 if warm_up else 0.5022) and queue.asked == asked
 
 
 def test_a_clock_that_falls_has_fallen_before_what_lasts_is_measured(monkeypatch):
@@ -454,7 +547,7 @@ def test_issuing_takes_the_median_of_its_trials():
 def test_what_takes_too_long_is_left_out(small, monkeypatch):
     """Copies to the host and both ways keep one size; what plans are made from is measured whole."""
     monkeypatch.setattr(link, "sizes", lambda way: (2**16, 2**18))
-    monkeypatch.setattr(measuring, "ENOUGH_S", 0.0)
+    monkeypatch.setattr(measuring, "ENOUGH_ON_CPU_S", 0.0)
     measured = measuring.measure(OPT, FLOAT32, 2)
     assert [[size for size, _ in copies] for copies in (measured.to_device, measured.to_host, measured.both)] == [
         [2**16, 2**18], [2**16], [2**16]
@@ -501,7 +594,7 @@ def test_a_gpu_that_does_not_tell_its_link_still_has_a_driver(gpu, monkeypatch):
 
 
 def test_the_command_measures_stores_and_shows(small, gpu, monkeypatch, capsys):
-    monkeypatch.setattr(measuring, "ENOUGH_S", 600.0)  # another process may use this machine
+    monkeypatch.setattr(measuring, "ENOUGH_ON_CPU_S", 600.0)  # another process may use this machine
     gpu(5, 8)
     assert command.main(["--batch", "3"]) == 0
     printed, notes = capsys.readouterr()
