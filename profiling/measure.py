@@ -8,12 +8,13 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import Array
 
 from kvpr_jax import memory, steps
@@ -76,6 +77,23 @@ def load_or_measure(
     return profile
 
 
+@contextlib.contextmanager
+def _compiling_anew() -> Iterator[None]:
+    """Within, functions are compiled whatever JAX's cache on disk holds, and are not kept in it."""
+    enabled = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+
+    def enable(cache: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", cache)
+        compilation_cache.reset_cache()  # JAX looks only once whether there is one
+
+    enable(False)
+    try:
+        yield
+    finally:
+        enable(enabled)
+
+
+@_compiling_anew()
 def measure(
     config: ModelConfig, dtype: jnp.dtype, batch: int, progress: Callable[[int, int], None] | None = None
 ) -> Profile:

@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental.compilation_cache import compilation_cache
 
 from helpers import OPT, profile
 from kvpr_jax import checkpoint, command_line, memory, models
@@ -392,6 +393,33 @@ def test_memory_that_is_enough_is_no_error(gpu, more, monkeypatch):
     monkeypatch.setattr(measuring.memory, "free_device_bytes", lambda: needed - 8)
     with pytest.raises(MemoryError, match="change --batch, the number of prompts or --dtype"):
         measuring._check_memory(*arguments)
+
+
+def test_what_is_measured_is_compiled_whatever_the_cache_on_disk_holds(small, monkeypatch, tmp_path):
+    """What comes behind is kept and read as before."""
+    compiled = []
+
+    def listen(event, **_):
+        compiled.extend([event] * event.endswith(("/cache_hits", "/cache_misses")))
+
+    jax.monitoring.register_event_listener(listen)
+    kept = {name: getattr(jax.config, name) for name in (
+        "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")}  # fmt: skip
+    monkeypatch.setattr(measuring, "ENOUGH_ON_CPU_S", 0.0)
+    try:
+        for name, value in zip(kept, (str(tmp_path), 0.0), strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        for expected in ("cache_misses", "cache_hits"):
+            measuring.measure(OPT, FLOAT32, 2)
+            assert not compiled
+            jax.jit(lambda x: x + 5.0).lower(jax.ShapeDtypeStruct((5,), jnp.float32)).compile()
+            assert compiled.pop().endswith(expected) and not compiled
+    finally:
+        for name, value in kept.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        jax.monitoring.unregister_event_listener(listen)
 
 
 def test_a_tail_lengthens_one_of_several_segments():
