@@ -5,7 +5,7 @@ import functools
 import os
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,19 +92,32 @@ def host_bytes(segments: tuple[Segment, ...]) -> int:
 
 
 def free_host_bytes() -> int:
-    """Bytes of host memory that can still be taken: what the system has, or the control group's limit if lower."""
+    """Bytes of host memory that can still be taken: what the system has, or what the limits of this process's control
+    group and of those around it leave, if that is less."""
     free = [_meminfo("MemAvailable")]
-    cgroup = Path("/sys/fs/cgroup")
-    for group, limit, used in (
-        (cgroup, "memory.max", "memory.current"),
-        (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
+    for group, limit, used in _control_groups():
         try:
             taken = int((group / used).read_text()) - _given_back(group / "memory.stat")
             free.append(int((group / limit).read_text()) - taken)
-        except (OSError, ValueError):  # no such control group, or "max"
+        except (OSError, ValueError):  # no such control group, as in a container that sees only its own; or "max"
             continue
     return max(0, min(free))
+
+
+def _control_groups() -> Iterator[tuple[Path, str, str]]:
+    """This process's control groups, of version 2 and of version 1, and those around them; the files that hold a
+    group's limit and what is used."""
+    root, listed = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+    own: dict[str, str] = {}  # paths by controller; that of version 2 has no name
+    for line in listed.read_text().splitlines() if listed.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        own |= dict.fromkeys(controllers.split(","), path)
+    for mount, controller, limit, used in (
+        (root, "", "memory.max", "memory.current"),
+        (root / "memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        group = mount / own.get(controller, "").strip("/")
+        yield from ((of, limit, used) for of in (group, *group.parents) if of.is_relative_to(mount))
 
 
 def _given_back(statistics: Path) -> int:

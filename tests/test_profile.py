@@ -731,6 +731,30 @@ def test_a_control_group_limits_host_memory(monkeypatch, tmp_path):
     assert memory.free_host_bytes() > 2_000_000_000
 
 
+@pytest.mark.parametrize("mount, listed, limit, used", [
+    ("", "0::/user/job\n", "memory.max", "memory.current"),
+    ("memory", "5:cpu,memory:/user/job\n3:pids:/\n0::/elsewhere\n", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+])  # fmt: skip
+def test_the_least_of_a_process_own_control_groups_counts(mount, listed, limit, used, monkeypatch, tmp_path):
+    places = {"/sys/fs/cgroup": tmp_path / "cgroup", "/proc/self/cgroup": tmp_path / "listed"}
+    real = memory.Path
+    monkeypatch.setattr(memory, "Path", lambda path: places.get(path, real(path)))
+    (tmp_path / "listed").write_text(listed)
+    root = tmp_path / "cgroup" / mount
+    (root / "user" / "job").mkdir(parents=True)
+    (root / "other").mkdir()
+    for group, nbytes in (("", 4 * 10**9), ("user", 3 * 10**9), ("user/job", 2 * 10**9), ("other", 10**9)):
+        (root / group / limit).write_text(f"{nbytes}\n")
+        (root / group / used).write_text("500\n")
+    assert memory.free_host_bytes() == 2 * 10**9 - 500
+    (root / "user" / used).write_text(f"{2 * 10**9}\n")
+    assert memory.free_host_bytes() == 10**9
+    for name in (limit, used):  # a container that sees only its own group, as the root
+        (root / "user" / "job" / name).unlink()
+        (root / "user" / name).unlink()
+    assert memory.free_host_bytes() == 4 * 10**9 - 500
+
+
 def test_regions_of_pinned_memory_hold_all_arrays_and_are_the_least_that_do():
     rng = np.random.default_rng(0)
     for array, nbytes in zip(rng.integers(1, 40, 500).tolist(), rng.integers(1, 600, 500).tolist(), strict=True):
