@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.models.attention import Recompute
-from kvpr_jax.profiling import curves, link, nvidia
+from kvpr_jax.profiling import curves, files, link, nvidia
 from kvpr_jax.profiling.curves import Curve
 
 VERSION = 20  # of the file's meaning
@@ -179,10 +178,6 @@ def _seconds(value: Any) -> float:
 
 
 def write(path: Path, profile: Profile) -> None:
-    """Store a profile atomically: readers see the old file or the new one, never a part; what fails leaves nothing."""
+    """Store a profile, as `files.write` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
-        unfinished = Path(folder) / path.name
-        with unfinished.open("w") as file:
-            json.dump(dataclasses.asdict(profile), file, indent=1)
-        unfinished.replace(path)
+    files.write(path, json.dumps(dataclasses.asdict(profile), indent=1))

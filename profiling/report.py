@@ -20,7 +20,7 @@ import jax
 
 from kvpr_jax._version import __version__
 from kvpr_jax.command_line import FAILURE, Parser, failing_with, run
-from kvpr_jax.profiling import nvidia
+from kvpr_jax.profiling import files, nvidia
 
 PICTURES = (".svg", ".png")  # beside a report, with its name
 MORE_TABLES = ("growth", "summary")  # of some reports, behind the one that all have
@@ -84,22 +84,15 @@ def prepare(path: Path) -> None:
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
-    """Write a report as JSON. A file is replaced: readers see the old one or the new one, never a part.
+    """Write a report as JSON, as `files.write` does.
 
     Raises:
         ValueError: the file cannot be written.
     """
     prepare(path)
-    text = json.dumps(report, indent=1) + "\n"
-    part = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):  # /dev/null, say: to be written to
-            path.write_text(text)
-        else:
-            part.write_text(text)
-            os.replace(part, path)
+        files.write(path, json.dumps(report, indent=1) + "\n")
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise ValueError(f"{str(path)!r} cannot be written: {error}") from error
 
 

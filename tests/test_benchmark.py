@@ -115,7 +115,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     path = tmp_path / "report.json"
     reports.write(path, {"old": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(ValueError, match=r"report\.json' cannot be written: full"):
             reports.write(path, {"new": 1})
     assert json.loads(path.read_text()) == {"old": 1} and os.listdir(tmp_path) == [path.name]

@@ -22,7 +22,7 @@ from helpers import OPT, profile
 from kvpr_jax import checkpoint, command_line, memory, models
 from kvpr_jax.costs import Costs, Held
 from kvpr_jax.models import abstract, weights_bytes
-from kvpr_jax.profiling import curves, link, nvidia, timing
+from kvpr_jax.profiling import curves, files, link, nvidia, timing
 from kvpr_jax.profiling import measure as measuring
 from kvpr_jax.profiling import profile as profiles
 from kvpr_jax.segments import KeysValues
@@ -129,7 +129,7 @@ def test_an_interrupted_write_leaves_the_old_file(key, monkeypatch):
     old = profile(machine=key)
     profiles.write(path, old)
     with monkeypatch.context() as patch:
-        patch.setattr(json, "dump", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(files.Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             profiles.write(path, profile(machine=key, base_s=1.0))
     assert profiles.read(path, key) == old
