@@ -104,6 +104,11 @@ def free_host_bytes() -> int:
     return max(0, min(free))
 
 
+def total_host_bytes() -> int:
+    """Bytes of the machine's memory, taken or not."""
+    return _meminfo("MemTotal")
+
+
 def _control_groups() -> Iterator[tuple[Path, str, str]]:
     """This process's control groups, of version 2 and of version 1, and those around them; the files that hold a
     group's limit and what is used."""

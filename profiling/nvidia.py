@@ -13,6 +13,11 @@ def driver() -> str:
     return version if version == "none" else f"{version} PCIe {_of_gpu(lambda gpu: _link(*_pcie_at_most(gpu)))}"
 
 
+def memory_bytes() -> str:
+    """All memory of the GPU, in bytes, or "none"."""
+    return _of_gpu(lambda gpu: str(pynvml.nvmlDeviceGetMemoryInfo(gpu).total))
+
+
 def pcie() -> str:
     """The GPU's link now and at most, or "none", and a sentence if it has fallen to a lower width.
 

@@ -12,12 +12,13 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
+from kvpr_jax import memory
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.models.attention import Recompute
 from kvpr_jax.profiling import curves, files, link, nvidia
 from kvpr_jax.profiling.curves import Curve
 
-VERSION = 20  # of the file's meaning
+VERSION = 21  # of the file's meaning
 FORMS: dict[str, tuple[str, Recompute]] = {  # by their curves: how a segment is held, and what is done with it
     "keys_values": ("keys_values", "project"),
     "project": ("activations", "project"),
@@ -84,18 +85,28 @@ class Profile:
 
 
 def machine(config: ModelConfig, dtype: jnp.dtype, batch: int) -> dict[str, str]:
-    """What identifies a profile."""
+    """What identifies a profile; "memory" is the device's, all of it, in bytes."""
+    on_cpu = memory.device_memory_is_host_memory()
     return {
         "version": str(VERSION),
         "device": jax.local_devices()[0].device_kind,
         "driver": nvidia.driver(),
-        "host": platform.processor() or platform.machine(),
+        "memory": str(memory.total_host_bytes()) if on_cpu else nvidia.memory_bytes(),
+        "host": _processor(),
         "cores": str(os.cpu_count()),
         "jax": jax.__version__,
         "model": repr(config),
         "dtype": jnp.dtype(dtype).name,
         "batch": str(batch),
     }
+
+
+def _processor() -> str:
+    """The model of the CPU, where Linux names it, or its architecture."""
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def cache_directory() -> Path:

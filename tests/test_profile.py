@@ -55,6 +55,7 @@ def gpu(monkeypatch):
             "nvmlShutdown": None,
             "nvmlDeviceGetHandleByIndex": "gpu",
             "nvmlSystemGetDriverVersion": "580.95",
+            "nvmlDeviceGetMemoryInfo": types.SimpleNamespace(total=80 * 2**30, free=1),
             "nvmlDeviceGetMaxPcieLinkGeneration": 5,
             "nvmlDeviceGetMaxPcieLinkWidth": 16,
             "nvmlDeviceGetCurrPcieLinkGeneration": generation,
@@ -122,6 +123,22 @@ def test_another_machine_model_or_batch_has_another_file(key):
         key | {"driver": "another"},
     ]
     assert len({profiles.path_of(k) for k in [key, *others]}) == 5
+
+
+def test_a_profile_says_which_cpu_and_how_much_memory_it_is_of(gpu, monkeypatch, tmp_path):
+    gpu(5, 16)
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU: 3 GHz\n\nmodel name\t: Another\n")
+    (tmp_path / "meminfo").write_text("MemTotal:       24684092 kB\nMemFree:        22991556 kB\n")
+    real = profiles.Path
+    for module in (profiles, memory):
+        monkeypatch.setattr(module, "Path", lambda path: real(str(path).replace("/proc", str(tmp_path))))
+    machine = profiles.machine(OPT, FLOAT32, 2)
+    assert (machine["host"], machine["memory"]) == ("Some CPU: 3 GHz", str(24684092 * 1024))
+    (tmp_path / "cpuinfo").unlink()
+    monkeypatch.setattr(memory, "device_memory_is_host_memory", lambda: False)
+    machine = profiles.machine(OPT, FLOAT32, 2)
+    assert machine["host"] == (profiles.platform.processor() or profiles.platform.machine())
+    assert machine["memory"] == str(80 * 2**30)
 
 
 def test_an_interrupted_write_leaves_the_old_file(key, monkeypatch):
