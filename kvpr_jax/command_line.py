@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, get_args
 
@@ -88,14 +89,20 @@ def failing_with(code: int) -> Iterator[None]:
 
 
 def run(module: str, command: Callable[[], int], debug: bool = False) -> int:
-    """Carry out a command and return the exit code; what it fails with is one line on stderr.
+    """Carry out a command and return the exit code; what it fails with is one line on stderr, and so is a warning.
 
     Args:
         module: what the line begins with.
         debug: whether errors are raised instead.
     """
+
+    def show(message: Warning | str, *_: Any) -> None:
+        print(f"{module}: warning: {message}", file=sys.stderr)
+
     try:
-        code = command()
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            code = command()
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:

@@ -121,7 +121,10 @@ def execute(arguments: argparse.Namespace) -> int:
             command = shlex.join(["python", "-m", "kvpr_jax.profiling", *setting])
             raise ValueError(f"this machine has no profile for that model, dtype and batch yet: {command} makes it")
     print(f"{settings.name_of(arguments.model)}, {dtype.name}, batch {arguments.batch}\n")
-    print("\n\n".join(map(table, (machine_rows(), copy_rows(measured), layer_rows(measured)))))
+    copies = table(copy_rows(measured))
+    if "| - |" in copies:
+        copies += "\n\nA dash stands for copies that were not measured: no plan is made from them."
+    print("\n\n".join([table(machine_rows()), copies, table(layer_rows(measured))]))
     if memory.device_memory_is_host_memory():
         print("\nThere is no GPU: the CPU computes, copies stay within host memory, and both kinds of it are the same.")
     if not arguments.show:

@@ -8,6 +8,7 @@ import itertools
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
@@ -21,7 +22,7 @@ from kvpr_jax import memory, steps
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.models import Model, abstract, nbytes, weights_bytes
 from kvpr_jax.models.attention import Recompute
-from kvpr_jax.profiling import link
+from kvpr_jax.profiling import link, nvidia
 from kvpr_jax.profiling.curves import Curve
 from kvpr_jax.profiling.profile import FORMS, Profile, machine, path_of, read, write
 from kvpr_jax.profiling.timing import added_s, issued_s, trials_s
@@ -63,6 +64,8 @@ def load_or_measure(
 ) -> Profile:
     """The stored profile of this machine for this model and batch, measured now if there is none that matches.
 
+    Warns of a profile that cannot be stored, and of a GPU's link that has fallen to a lower width.
+
     Args:
         progress: as in `measure`; not called where nothing has to be measured.
     """
@@ -72,8 +75,12 @@ def load_or_measure(
     if profile is None:
         profile = measure(config, dtype, batch, progress)
         gc.collect()  # a module refers to itself: the one measured would still be there when a plan asks what is free
-        with contextlib.suppress(OSError):  # a home that cannot be written costs a measurement each time, no more
+        try:
             write(path, profile)
+        except OSError as error:
+            warnings.warn(f"{str(path)!r} cannot be written, so each run measures anew: {error}", stacklevel=2)
+    if fallen := nvidia.fallen():
+        warnings.warn(fallen, stacklevel=2)
     return profile
 
 

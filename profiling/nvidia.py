@@ -35,6 +35,11 @@ def pcie() -> str:
     return _of_gpu(read)
 
 
+def fallen() -> str:
+    """That sentence alone, or nothing."""
+    return pcie().partition(" at most. ")[2]
+
+
 def _pcie_at_most(gpu: Any) -> tuple[int, int]:
     return pynvml.nvmlDeviceGetMaxPcieLinkGeneration(gpu), pynvml.nvmlDeviceGetMaxPcieLinkWidth(gpu)
 

@@ -4,9 +4,11 @@ import dataclasses
 import importlib
 import itertools
 import json
+import re
 import shlex
 import time
 import types
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -153,12 +155,34 @@ def test_an_interrupted_write_leaves_the_old_file(key, monkeypatch):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_cache_directory_that_cannot_be_written_is_no_error(key, monkeypatch, tmp_path):
+def test_a_cache_directory_that_cannot_be_written_is_a_warning(key, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     fresh = profile(machine=key)
     monkeypatch.setattr(measuring, "measure", lambda *_: fresh)
-    assert load_or_measure(OPT, FLOAT32, 2) == fresh
+    path = re.escape(repr(str(profiles.path_of(key))))
+    with pytest.warns(UserWarning, match=f"^{path} cannot be written, so each run measures anew: .*Not a directory"):
+        assert load_or_measure(OPT, FLOAT32, 2) == fresh
+
+
+def test_a_link_that_has_fallen_is_a_warning_where_a_profile_is_measured_or_read(gpu, monkeypatch):
+    gpu(5, 8)
+    monkeypatch.setattr(measuring, "measure", lambda *_: profile(machine=profiles.machine(OPT, FLOAT32, 2)))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="^The link has fallen to 8 of its 16 lanes"):
+            load_or_measure(OPT, FLOAT32, 2)
+    gpu(1, 16)
+    load_or_measure(OPT, FLOAT32, 2)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_of_a_command_is_one_line(capsys):
+    def command():
+        warnings.warn("there is\tless", stacklevel=1)
+        return 0
+
+    assert command_line.run("kvpr_jax.some", command) == 0
+    assert capsys.readouterr().err == "kvpr_jax.some: warning: there is\tless\n"
 
 
 def test_copies_between_two_sizes_are_on_the_line_through_both():
@@ -673,6 +697,17 @@ def test_a_size_that_was_not_copied_is_a_dash():
     few = profile(to_device=[(2**20, 1e-4), (2**26, 6.4e-3)], to_host=[(2**20, 1e-4)], both=[(2**20, 2e-4)])
     rows = {row["copy"]: [*row.values()][1:] for row in command.copy_rows(few)}
     assert rows["64 MiB"] == ["6.400 ms, 10.5 GB/s", "-", "-"] and rows["1 MiB"][2] == "0.200 ms, 5.2 GB/s"
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_a_dash_is_explained_where_there_is_one(few, monkeypatch, capsys):
+    times = [(2**20, 1e-4), (2**26, 6.4e-3)]
+    measured = profile(to_device=times, to_host=times, both=times[:1] if few else times)
+    monkeypatch.setattr(measuring, "measure", lambda *_: measured)
+    assert command.main([]) == 0
+    copies = capsys.readouterr().out.split("| copy |")[1].split("| compute |")[0]
+    dashes, explained = copies.count("| - |"), copies.count("\n\nA dash stands for copies that were not measured")
+    assert dashes == explained == few
 
 
 def test_the_command_takes_a_released_size(monkeypatch, capsys):
