@@ -1,5 +1,6 @@
 """Both memories: what there is of them, what a run needs, and what of its cache may so stay on the device."""
 
+import bisect
 import dataclasses
 import math
 
@@ -14,7 +15,7 @@ from kvpr_jax.plan import Plan, Request, Workload, longest_flushed
 PREFILL_TOKENS = 32768  # tokens of a chunk of sequences, at most
 PREFILL_QUERIES = 2048  # tokens of one sequence that pass through attention and MLP at a time, at most
 PREFILL_QUERIES_LEAST = 64  # fewer would not fill the device
-PREFILL_SHARE = 8  # a chunk's temporaries take one part in so many of the device's free memory, at most
+PREFILL_SHARE = 16  # a chunk's temporaries take one part in so many of the device's free memory, at most
 MARGIN = 0.05  # of free memory, left alone
 GROUP_BYTES = 2**29  # cache of a group of which some crosses the link, at most: its window holds three
 GROUP_SHARE = 64  # and one part in so many of the device's free memory
@@ -27,12 +28,13 @@ class Prefill:
 
     Attributes:
         sequences, queries: of a chunk, and tokens of one of them that pass at a time.
-        nbytes: device memory for it beside the cache: the batch's hidden states and one chunk's temporaries.
+        batch_bytes, chunk_bytes: device memory of the batch's hidden states, and of one chunk's temporaries.
     """
 
     sequences: int
     queries: int
-    nbytes: int
+    batch_bytes: int
+    chunk_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +88,8 @@ class Budget:
         """Whether all of the cache may stay on the device, and there is room for it."""
         if self.request.offload == "all" or self.request.split != "auto":
             return False
-        joined_bytes = self._joined_layers * self.costs.host_bytes(0, self.workload.prompt_tokens)
-        room = self._usable_bytes - max(self.prefill.nbytes + joined_bytes, self._step_bytes)
+        filling_bytes = self._filling_bytes(0, self.costs.host_bytes(0, self.workload.prompt_tokens))
+        room = self._usable_bytes - max(filling_bytes, self._step_bytes)
         return self.costs.cache_bytes(0, self.workload.total_tokens) <= min(room, self.device_cache_bytes)
 
     @property
@@ -103,15 +105,24 @@ class Budget:
         return self.free_host_bytes if gib is None else int(gib * memory.GIB)
 
     @property
+    def _has_activations(self) -> bool:
+        """Whether any token may be held as such."""
+        forced = self.request.split_tokens(self.workload.prompt_tokens)
+        return self.costs.config.activations_are_smaller if forced is None else forced > 0
+
+    @property
     def tail_token_bytes(self) -> int:
         """A token of all layers' tails, in the largest form that they may have."""
-        forced = bool(self.request.split_tokens(self.workload.prompt_tokens))
-        return max(self.costs.cache_bytes(0, 1), self.costs.cache_bytes(int(forced), 0))
+        return max(self.costs.cache_bytes(0, 1), self.costs.cache_bytes(int(self._has_activations), 0))
 
-    def residency(self, tail_tokens: int) -> Residency:
+    def residency(self, tail_tokens: int, split: int | None) -> Residency:
         """What stays on the device, with so many tokens a tail, if tails are flushed.
 
-        The device's budget is filled first, evenly in all layers, by the prompt's last tokens and then by new ones.
+        The device's budget is filled first, evenly in all layers, by the prompt's last tokens and then by new ones: as
+        far as `device_bytes` leaves room for it, if tails go to the host in the larger form.
+
+        Args:
+            split: tokens of the prompt that are held as activations on the host; None: all that do not stay.
         """
         prompt, written = self.workload.prompt_tokens, max(1, self.workload.new_tokens - 1)
         if self.all_stays or self.request.offload == "none":
@@ -120,14 +131,31 @@ class Budget:
         flushes = (written - 1) // tail  # a full tail leaves when the next token comes
         if self.request.offload == "all" or self.request.split != "auto":
             return Residency(True, 0, 0, tail, flushes)
-        resident, token_bytes, merging = 0, self.costs.cache_bytes(0, 1), self._merging_bytes(tail, written // tail)
-        for _ in range(2):  # what stays makes the window's layers smaller, so that a little more can stay
-            reading = window_bytes(self.costs.group_bytes(0, self.workload.total_tokens - resident))
-            beside = max(reading + 2 * tail * token_bytes, merging)
-            left = min(self.device_cache_bytes - tail * token_bytes, self._usable_bytes - self._beside_bytes - beside)
-            resident = max(0, left // token_bytes)
-        of_prompt = min(prompt, resident)
-        return Residency(True, of_prompt, min((resident - of_prompt) // tail, flushes), tail, flushes)
+
+        def keeping(tokens: int) -> Residency:
+            of_prompt = min(prompt, tokens)
+            return Residency(True, of_prompt, (tokens - of_prompt) // tail, tail, flushes)
+
+        def fits(tokens: int) -> bool:
+            of = keeping(tokens)
+            leaving = prompt - of.resident_tokens
+            activations = leaving if split is None else split
+            leaving_bytes = self.costs.host_bytes(activations, leaving - activations)
+            read_bytes = leaving_bytes + self.costs.host_bytes(0, (flushes - of.resident_flushes) * tail)
+            needed = self.device_bytes(of, leaving_bytes, read_bytes)
+            if self.one_memory:
+                needed += self.costs.config.num_layers * read_bytes
+            return needed <= self._usable_bytes and self.held_bytes(of) <= self.device_cache_bytes
+
+        most = prompt - split if split else prompt + flushes * tail
+        kept = bisect.bisect_left(range(1, most + 1), True, key=lambda tokens: not fits(tokens))
+        return keeping(kept)
+
+    def held_bytes(self, of: Residency | Plan) -> int:
+        """Device memory of what of the cache stays there, tails included: two, while full ones leave."""
+        tails = 2 if of.flushes else 1
+        resident_tokens = of.resident_tokens + of.resident_flushes * of.tail_tokens
+        return self.costs.cache_bytes(0, resident_tokens) + tails * of.tail_tokens * self.tail_token_bytes
 
     def device_bytes(self, of: Residency, leaving_bytes: int, read_bytes: int) -> int:
         """Device memory that a run needs.
@@ -138,12 +166,10 @@ class Budget:
         """
         costs, group = self.costs, self.costs.group
         staying_bytes = costs.host_bytes(0, of.resident_tokens)
-        waiting_bytes = WINDOW * group * leaving_bytes + self._joined_layers * (leaving_bytes + staying_bytes)
-        filling = costs.cache_bytes(0, of.resident_tokens) + waiting_bytes + self.prefill.nbytes
-        tails = 2 if of.flushes else 1  # while full ones leave, empty ones are there
-        stepping = tails * of.tail_tokens * self.tail_token_bytes + window_bytes(group * read_bytes) + self._step_bytes
+        filling = costs.cache_bytes(0, of.resident_tokens) + self._filling_bytes(leaving_bytes, staying_bytes)
+        stepping = self.held_bytes(of) + window_bytes(group * read_bytes) + self._step_bytes
         resident_bytes = costs.cache_bytes(0, of.resident_tokens + of.resident_flushes * of.tail_tokens)
-        return max(filling, resident_bytes + max(stepping, self._merging_bytes(of.tail_tokens, of.flushes)))
+        return max(filling, stepping, resident_bytes + self._merging_bytes(of.tail_tokens, of.flushes))
 
     def host_limit_bytes(self, of: Residency) -> int:
         """Host memory that the cache may take, whatever is revised on the way."""
@@ -154,23 +180,30 @@ class Budget:
         return min(self.free_host_bytes - device_bytes, self.host_cache_bytes)
 
     def shortage(self, plan: Plan) -> str:
-        """What the plan lacks, with both figures and the flags that change them; empty if it fits."""
-        less = "fewer or shorter prompts, --max-new-tokens, --split or --dtype"
+        """What the plan lacks, with both figures and what would help; empty if it fits."""
+        request, forced = self.request, self.request.split != "auto"
         host_bytes = plan.host_bytes + (plan.device_bytes if self.one_memory else 0)
-        free = "are free beside the weights"
         limits = [
-            ("host", host_bytes, self.free_host_bytes, free, less),
-            ("device", plan.device_bytes, self.free_device_bytes, free,
-             "--offload all, a smaller --device-cache-gib, fewer or shorter prompts or --dtype"),
-        ]  # fmt: skip
-        if self.request.host_cache_gib is not None:
-            allowed = "are allowed by --host-cache-gib"
-            limits.insert(0, ("host", plan.host_bytes, self.host_cache_bytes, allowed, f"that, {less}"))
-        for place, needed, there, are, flags in limits:
+            ("host", plan.host_bytes, self.host_cache_bytes, request.host_cache_gib),
+            ("host", host_bytes, self.free_host_bytes, None),
+            ("device", self.held_bytes(plan), self.device_cache_bytes, request.device_cache_gib),
+            ("device", plan.device_bytes, self.free_device_bytes, None),
+        ]
+        for place, needed, there, allowed in limits:
             if needed > there:
+                are = "free beside the weights" if allowed is None else f"allowed by --{place}-cache-gib"
+                helps = {
+                    f"a larger --{place}-cache-gib": allowed is not None,
+                    "a larger --device-cache-gib": place == "host" and request.device_cache_gib is not None,
+                    "--offload all": place == "device" and request.device_cache_gib is not None,
+                    "--offload auto": request.offload == ("all" if place == "host" else "none") and not forced,
+                    "another --split": place == "host" and forced,
+                }
+                changes = ", ".join(change for change, would in helps.items() if would)
                 return (
-                    f"not enough {place} memory: the plan needs {_gib(needed)} and {_gib(max(0, there))} {are}; "
-                    f"change {flags}"
+                    f"not enough {place} memory: the plan needs {_gib(needed)} and {_gib(max(0, there))} are {are}; "
+                    f"what would help: {changes}{', ' if changes else ''}"
+                    "fewer or shorter prompts, a smaller --max-new-tokens or a narrower --dtype"
                 )
         return ""
 
@@ -178,21 +211,24 @@ class Budget:
     def _usable_bytes(self) -> int:
         return int(self.free_device_bytes * (1 - MARGIN))
 
-    @property
-    def _joined_layers(self) -> int:
-        """Layers that are on the device twice in prefill, while they become a group."""
-        return self.costs.group if self.costs.group > 1 else 0
+    def _filling_bytes(self, leaving_bytes: int, staying_bytes: int) -> int:
+        """Of prefill, beside what stays there: hidden states, groups that wait for the link, and a chunk's temporaries.
+        What becomes one is there twice: layers their group, and behind the last chunk all chunks of a layer.
+
+        Args:
+            leaving_bytes, staying_bytes: of a layer.
+        """
+        group, layer_bytes, chunk_bytes = self.costs.group, leaving_bytes + staying_bytes, self.prefill.chunk_bytes
+        if group > 1:
+            chunk_bytes += group * layer_bytes
+        elif self.prefill.sequences < self.workload.batch:
+            chunk_bytes = max(chunk_bytes, layer_bytes)
+        return self.prefill.batch_bytes + WINDOW * group * leaving_bytes + chunk_bytes
 
     @property
     def _widest_bytes(self) -> int:
         """A layer of the prompt's cache, in the larger form."""
         return self.workload.prompt_tokens * max(self.costs.host_bytes(0, 1), self.costs.host_bytes(1, 0))
-
-    @property
-    def _beside_bytes(self) -> int:
-        """Device memory beside what stays there: in prefill, with the layers that wait for the link, or in a step."""
-        waiting_layers = WINDOW * self.costs.group + self._joined_layers
-        return max(self.prefill.nbytes + waiting_layers * self._widest_bytes, self._step_bytes)
 
     @property
     def _step_bytes(self) -> int:
@@ -203,7 +239,7 @@ class Budget:
     def _merging_bytes(self, tail: int, flushes: int) -> int:
         """Of a flush, beside what stays there: what all layers' smallest segments become one in."""
         longest = longest_flushed(self.costs, tail, flushes)
-        return max(self.costs.cache_bytes(*tokens) for tokens in longest)
+        return max(self.costs.cache_bytes(*tokens) for tokens in longest if self._has_activations or not tokens[0])
 
 
 def budget_for(
@@ -228,29 +264,29 @@ def budget_for(
 def _prefill(
     config: ModelConfig, dtype: jnp.dtype, workload: Workload, request: Request, free_device_bytes: int, has_fused: bool
 ) -> Prefill:
-    """Chunks as large as the request and the device's memory allow.
+    """Chunks as large as the request and the device's memory allow: of a single sequence, what its queries need.
 
     Scores are formed for a chunk's queries where no fused attention does without; then the mask alone is.
     """
     tokens, itemsize = workload.prompt_tokens, dtype.itemsize
     batch_bytes = workload.batch * tokens * config.hidden_size * itemsize
-    whole_bytes = tokens * (config.hidden_size + config.kv_width) * itemsize
     scores_bytes = tokens * (1 + itemsize) if has_fused else 3 * config.num_heads * tokens * 4
     query_bytes = (config.hidden_size + config.mlp_arrays * config.mlp_size) * itemsize + scores_bytes
 
     def chunk_bytes() -> int:
-        return sequences * (whole_bytes + queries * query_bytes)
+        width = config.hidden_size + config.kv_width
+        if queries < tokens:  # what all of them attend to, and what becomes of them, is there again
+            width += 2 * config.hidden_size + config.kv_width
+        return sequences * (tokens * width * itemsize + queries * query_bytes)
 
     queries = min(tokens, request.prefill_tokens or PREFILL_QUERIES)
     sequences = max(1, min(workload.batch, (request.prefill_tokens or PREFILL_TOKENS) // tokens))
-    while chunk_bytes() > free_device_bytes // PREFILL_SHARE:
-        if sequences > 1:
-            sequences = -(-sequences // 2)
-        elif queries > PREFILL_QUERIES_LEAST:
-            queries = -(-queries // 2)
-        else:
-            break
-    return Prefill(sequences, queries, batch_bytes + chunk_bytes())
+    most_bytes = free_device_bytes // PREFILL_SHARE
+    while sequences > 1 and chunk_bytes() > most_bytes:
+        sequences = -(-sequences // 2)
+    while queries > PREFILL_QUERIES_LEAST and queries * query_bytes > most_bytes:
+        queries = -(-queries // 2)
+    return Prefill(sequences, queries, batch_bytes, chunk_bytes())
 
 
 def _gib(nbytes: int) -> str:

@@ -111,8 +111,12 @@ class Cache:
             for group, tail in enumerate(self.tails):
                 self.groups[group], self.tails[group] = _joined(self.groups[group], tail, to_host, _join)
             # Only now: what one group's segments leave free in XLA's pool is scattered, what all leave is not.
-            for group, full in enumerate(self.tails):
-                self.groups[group] += (memory.to_host(full) if to_host else full,)
+            merged, full = self.tails[0].tokens > self.plan.tail_tokens, self.tails
+            moved = [memory.to_host(tail) if to_host else tail for tail in full]
+            self.groups = [(*segments, segment) for segments, segment in zip(self.groups, moved, strict=True)]
+            if merged:  # it is gone from the device before what comes needs room
+                jax.block_until_ready(moved)
+            full.clear()
             self.flushes, self.preparing = self.flushes + 1, None
             self._new_tails()
         if self._slowed is not None:
@@ -120,20 +124,22 @@ class Cache:
             self.predicted_step_s = self.plan.step_s(self._read())
 
     def observe(self, step_s: float) -> None:
-        """Take note of how long the last step took. Where steps miss the prediction for long, later tails are planned
-        by what was measured."""
-        plan, predicted_s = self.plan, self.predicted_step_s
+        """Take note of how long the last step took. Where steps miss the prediction for long, it is said, and later
+        tails are planned by what was measured, if their form is free."""
+        predicted_s = self.predicted_step_s
         times = self._pace.lasting_miss(step_s, predicted_s)
         if times is None:
             return
         self.predicted_step_s = times * predicted_s
-        if not plan.offloaded or plan.forced or not self.config.activations_are_smaller:
-            return
-        self._slowed, blamed = plan.slowed(self._read(), self.predicted_step_s)
+        slowed, blamed = self.plan.slowed(self._read(), self.predicted_step_s)
+        free = self.plan.offloaded and not self.plan.forced and self.config.activations_are_smaller
+        if free:
+            self._slowed = slowed
         if self.miss is None:
             self.miss = (
                 f"decode steps take {self.predicted_step_s * 1e3:.2f} ms, {predicted_s * 1e3:.2f} ms were predicted: "
-                f"{blamed} must be slower than when this machine was profiled; later tokens are held accordingly"
+                f"{blamed} must be slower than when this machine was profiled"
+                + ("; later tokens are held accordingly" if free else "")
             )
 
     @property

@@ -40,13 +40,14 @@ ON_THEIR_WAY = 4  # tensors that are copied to the device at once
 NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 
 
-def find(model: str | Path, revision: str | None = None) -> Path:
+def find(model: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """The directory of a model: `model` itself, or the local copy of that hub id (downloaded if need be).
 
     The hub's own settings hold, as for transformers: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN or the token of `hf auth login`.
 
     Args:
         revision: branch, tag or commit of a hub id; None is its main branch. A directory has none.
+        weights: whether they are needed, or only the config and the tokenizer.
 
     Raises:
         ValueError: there is no such directory and the hub has, or gives, no such model or revision.
@@ -59,13 +60,14 @@ def find(model: str | Path, revision: str | None = None) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or str(model).startswith("."):
         raise ValueError(f"model {str(model)!r}: no such directory, and not a hub id of the form owner/name")
 
-    def download(*weights: str) -> Path:
-        patterns, others = [*OTHER_FILES, *weights], ["*/*", "consolidated*"]
+    def download(*files: str) -> Path:
+        patterns, others = [*OTHER_FILES, *files], ["*/*", "consolidated*"]
         return Path(snapshot_download(str(model), revision=revision, allow_patterns=patterns, ignore_patterns=others))
 
     try:
-        directory = download("*.safetensors")
-        return directory if any(directory.glob("*.safetensors")) else download("pytorch_model*.bin")
+        directory = download(*["*.safetensors"] * weights)
+        found = not weights or any(directory.glob("*.safetensors"))
+        return directory if found else download("pytorch_model*.bin")
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         at = "" if revision is None else f" at revision {revision!r}"
         raise ValueError(

@@ -42,8 +42,8 @@ def add_cache_options(parser: Parser, split_of: str, offload: OffloadMode, offlo
     add("--recompute", choices=("auto", "project", "absorb"), default="auto", help="how activations are used")
     add("--engine", choices=get_args(Engine), default="overlapped")
     add("--offload", choices=get_args(OffloadMode), default=offload, help=offload_help)
-    add("--device-cache-gib", metavar="GIB", type=float, help="device memory for the cache, the tail of new "
-        "tokens included; default: what is free")  # fmt: skip
+    add("--device-cache-gib", metavar="GIB", type=float, help="device memory for the cache, at most, the tail "
+        "of new tokens included (twice, where full ones leave); default: what the run leaves free")  # fmt: skip
     add("--host-cache-gib", metavar="GIB", type=float, help="host memory for the cache, at most; default: what "
         "is free")  # fmt: skip
     parser.add_argument("--no-compilation-cache", action="store_true", help="compile anew, and keep nothing for later")

@@ -34,7 +34,7 @@ HEAD_CALLS = 3  # that the host issues beside those of the layers: embedding, lo
 GROUP = 8  # layers at most: one call of so many is issued in less time than the device needs for it
 TIMES_OF = {  # sides of a step: the profile's times that make them up, and its curves
     "copies to the device": ("to_device",),
-    "compute": ("base_s", "further_s", "keys_values", "project", "absorb", "beside_copies"),
+    "compute": ("base_s", "further_s", "keys_values", "project", "absorb", "head_s", "beside_copies"),
     "dispatch": ("dispatch_s", "layer_dispatch_s", "segment_dispatch_s", "issue_s"),
 }
 
@@ -130,27 +130,22 @@ class Costs:
 
     def step_s(self, held: Held, recompute: Recompute, engine: Engine) -> float:
         """One decode step."""
-        sides = self.sides(held, recompute, engine)
-        if engine == "sequential":
-            return sum(sides.values()) + self.profile.head_s
-        return max(self._ends(sides).values())
+        together = sum if engine == "sequential" else max
+        return together(self.sides(held, recompute, engine).values())
 
     def sides(self, held: Held, recompute: Recompute, engine: Engine) -> dict[str, float]:
-        """What a step takes of each thing that it may be bound by, without the device's time for the head; dispatch,
-        where the host runs ahead."""
+        """What a step takes of each thing that it may be bound by, the head's time with the compute that it is behind;
+        dispatch, where the host runs ahead."""
         layers = self.config.num_layers
         link_s, compute_s = layers * self.link_s(held), layers * self.compute_s(held, recompute)
         if engine == "sequential":
-            return {"copies to the device": link_s, "compute": compute_s}
+            return {"copies to the device": link_s, "compute": compute_s + self.profile.head_s}
+        slower_s = self.profile.beside_copies * link_s * layers * self._layer_s / compute_s
         return {
             "copies to the device": link_s,
-            "compute": compute_s + self.profile.beside_copies * link_s * layers * self._layer_s / compute_s,
+            "compute": compute_s + slower_s + self.profile.head_s,
             "dispatch": layers * self.issue_s(held) + HEAD_CALLS * self.profile.dispatch_s,
         }
-
-    def _ends(self, sides: dict[str, float]) -> dict[str, float]:
-        """When each of these sides is done: the device computes the head too, which copies go on beside."""
-        return sides | {"compute": sides["compute"] + self.profile.head_s}
 
     def slowed(self, held: Held, recompute: Recompute, engine: Engine, step_s: float) -> tuple["Costs", str]:
         """The cost model by which this step, which is predicted to take less, takes `step_s`; and what it blames.
@@ -158,8 +153,7 @@ class Costs:
         What the prediction is bound by is taken to be slower than profiled.
         """
         sides = self.sides(held, recompute, engine)
-        ends = sides if engine == "sequential" else self._ends(sides)
-        blamed = max(sides, key=lambda side: ends[side])
+        blamed = max(sides, key=lambda side: sides[side])
         times = 1 + (step_s - self.step_s(held, recompute, engine)) / sides[blamed]
         changes = {name: _longer(getattr(self.profile, name), times) for name in TIMES_OF[blamed]}
         return dataclasses.replace(self, profile=dataclasses.replace(self.profile, **changes)), blamed

@@ -103,6 +103,33 @@ class Workload:
 
 
 @dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One of the plans that one was chosen from, and what it is predicted to cost.
+
+    Attributes:
+        split, resident_tokens: see `Plan`.
+        recompute: likewise; None where it never has activations.
+        link_s, compute_s, dispatch_s: of all layers in the first decode step, and of what surrounds them; None where
+            the host does not run ahead.
+        step_s, last_step_s: the first decode step, and the last one.
+        host_bytes, device_bytes: see `Plan`.
+        fits: whether the memory holds it to the end of the run.
+    """
+
+    split: int
+    recompute: Recompute | None
+    resident_tokens: int
+    link_s: float
+    compute_s: float
+    dispatch_s: float | None
+    step_s: float
+    last_step_s: float
+    host_bytes: int
+    device_bytes: int
+    fits: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What the runtime carries out.
 
@@ -124,10 +151,11 @@ class Plan:
         host_limit_bytes: what it may become, whatever is revised on the way.
         device_bytes: device memory beside the weights.
         host_bytes_per_step: bytes that cross the link in the first decode step.
-        predicted_step_s: the first decode step.
+        predicted_step_s, predicted_last_step_s: the first decode step, and the last one.
         reason: why this split, in a sentence.
-        unfit_splits: splits that were not to choose from, since the memory would not hold them to the end of the run.
         costs: the cost model that it was chosen by.
+        candidates: what it was chosen from, by split: those that use activations as it does, and the best of those that
+            do not. None where all of the cache stays on the device.
     """
 
     batch: int
@@ -150,14 +178,14 @@ class Plan:
     device_bytes: int
     host_bytes_per_step: int
     predicted_step_s: float
+    predicted_last_step_s: float
     reason: str
-    unfit_splits: tuple[int, ...]
     costs: Costs = dataclasses.field(repr=False)
+    candidates: tuple[Candidate, ...] = dataclasses.field(default=(), repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the cost model, for reports."""
-        shown = [field.name for field in dataclasses.fields(self) if field.name != "costs"]
-        return {name: getattr(self, name) for name in shown}
+        """What is to be done and why, for reports: all but the cost model and the other candidates."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.repr}
 
     def step_s(self, held: Held) -> float:
         """A decode step over these tokens, in seconds."""

@@ -26,6 +26,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from kvpr_jax.checkpoint import DTYPES
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.models import Model, abstract, nbytes
 from kvpr_jax.profiling import link, profile
@@ -152,8 +153,8 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in DEVICES.glob("*.json"))
 
 
-def given(name_or_path: str, config: ModelConfig, dtype: jnp.dtype, batch: int) -> tuple[Profile, int | None]:
-    """The profile that `--profile` names, and the device's memory in bytes where the file says it.
+def given(name_or_path: str, config: ModelConfig, dtype: jnp.dtype, batch: int) -> tuple[Profile, int]:
+    """The profile that `--profile` names, and its device's memory in bytes.
 
     Args:
         name_or_path: a shipped device, the JSON file of a device, or that of a profile measured on any machine.
@@ -161,6 +162,31 @@ def given(name_or_path: str, config: ModelConfig, dtype: jnp.dtype, batch: int) 
     Raises:
         ValueError: there is no such device or file, it holds neither, or a profile of something else.
     """
+    found = _found(name_or_path)
+    try:
+        if isinstance(found, Device):
+            return found.profile(config, dtype, batch), found.memory_bytes
+        _check_match(found, config, dtype, batch)
+        memory_bytes = found.machine.get("memory", "")
+        if not memory_bytes.isdecimal():
+            raise ValueError(f"memory {memory_bytes!r} must be a number of bytes")
+        return found, int(memory_bytes)
+    except ValueError as error:
+        raise ValueError(f"profile {name_or_path!r}: {error}") from error
+
+
+def default_dtype(name_or_path: str) -> str:
+    """What is planned by `given` if nobody says otherwise: what a profile was measured in, bfloat16 for a device.
+
+    Raises:
+        ValueError: there is no such device or file, or it holds neither.
+    """
+    found = _found(name_or_path)
+    stored = found.machine.get("dtype") if isinstance(found, Profile) else None
+    return stored if stored in DTYPES else "bfloat16"
+
+
+def _found(name_or_path: str) -> Device | Profile:
     path = DEVICES / f"{name_or_path}.json" if name_or_path in shipped() else Path(name_or_path)
     try:
         there = path.is_file()
@@ -170,12 +196,7 @@ def given(name_or_path: str, config: ModelConfig, dtype: jnp.dtype, batch: int) 
     if not there:
         raise ValueError(f"profile {name_or_path!r} is neither a file nor one of the devices {', '.join(shipped())}")
     try:
-        if not isinstance(fields, dict) or "machine" not in fields:
-            found = parsed(fields)
-            return found.profile(config, dtype, batch), found.memory_bytes
-        measured = profile.parsed(fields)
-        _check_match(measured, config, dtype, batch)
-        return measured, None
+        return profile.parsed(fields) if isinstance(fields, dict) and "machine" in fields else parsed(fields)
     except ValueError as error:
         raise ValueError(f"profile {name_or_path!r}: {error}") from error
 

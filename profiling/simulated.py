@@ -134,7 +134,7 @@ def gains(name: str, model: str, dtype: jnp.dtype, workload: Workload) -> dict[s
     found, memory_bytes = given(name, config, dtype, workload.batch)
     row = {"device": found.machine["device"], "model": settings.name_of(model)}
     columns = ("l = 0 (ms)", *WAYS, "paper's formula")
-    free = UNLIMITED if memory_bytes is None else memory_bytes - Weights.of(config, dtype).model_bytes
+    free = memory_bytes - Weights.of(config, dtype).model_bytes
     if free < 0:
         return row | dict(zip(columns, ("weights do not fit", "-", "-", "-"), strict=True))
     try:

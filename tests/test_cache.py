@@ -178,11 +178,14 @@ def test_a_step_is_predicted_with_its_tail_in_its_own_form(split):
 
 
 @pytest.mark.parametrize("split, offload", [(0, "all"), (None, "none")])
-def test_nothing_is_said_where_nothing_can_be_revised(split, offload):
+def test_what_stays_slow_is_told_where_nothing_can_be_revised_too(split, offload):
     cache = new_cache(split, offload)
+    plan = cache.plan
     for _ in range(2 * STEPS):
         cache.observe(10 * cache.predicted_step_s)
-    assert cache.miss is None
+    assert "must be slower than when this machine was profiled" in cache.miss and "later tokens" not in cache.miss
+    grow(cache, 2)
+    assert cache.plan is plan
 
 
 def test_bytes_are_those_of_the_segments_on_the_host(monkeypatch):

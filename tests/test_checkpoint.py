@@ -713,8 +713,11 @@ for revision in (None, "old", "1" * 40, "absent"):
     assert "'owner/name' at revision 'absent'" in process.stderr
 
 
-@pytest.mark.parametrize("weights, downloads", [("model.safetensors", 1), ("pytorch_model.bin", 2)])
-def test_pytorch_files_are_downloaded_only_where_there_are_no_safetensors(monkeypatch, tmp_path, weights, downloads):
+@pytest.mark.parametrize("weights, needed, downloads", [
+    ("model.safetensors", True, 1), ("pytorch_model.bin", True, 2), ("model.safetensors", False, 1),
+])  # fmt: skip
+def test_only_weights_that_are_needed_are_downloaded(monkeypatch, tmp_path, weights, needed, downloads):
+    """PyTorch's where there are no safetensors, and none for a plan."""
     repository = {"config.json", "tokenizer.json", weights, "pytorch_model.bin", "training_args.bin", "tf_model.h5"}
     seen = []
 
@@ -725,9 +728,9 @@ def test_pytorch_files_are_downloaded_only_where_there_are_no_safetensors(monkey
         return str(tmp_path)
 
     monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
-    assert checkpoint.find("owner/name", "v1") == tmp_path
+    assert checkpoint.find("owner/name", "v1", needed) == tmp_path
     assert seen == [("owner/name", "v1")] * downloads
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "tokenizer.json", weights}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "tokenizer.json", *[weights] * needed}
 
 
 def test_load_takes_a_revision(monkeypatch, sound, tmp_path):

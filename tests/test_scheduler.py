@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from helpers import GQA, LLAMA, OPT, profile
 from kvpr_jax import costs as cost_model
 from kvpr_jax import engines, memory, scheduler
+from kvpr_jax.budget import budget_for
 from kvpr_jax.costs import Costs, Held, buckets, group_sizes
 from kvpr_jax.plan import Request, Workload
 from kvpr_jax.scheduler import make_plan
@@ -23,6 +25,7 @@ OPT_6_7B = dataclasses.replace(
     OPT, vocab_size=50272, num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=32, head_dim=128,
     mlp_size=16384, max_positions=2048, embed_size=4096,
 )  # fmt: skip
+WIDE_GQA = dataclasses.replace(GQA, hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128)
 # One NVIDIA H200 (shared measurements: GB/s over the link by MiB of a copy, one layer over B 32 x S 1024).
 RATES = {1: 19.9, 4: 38.1, 16: 49.0, 64: 53.3, 256: 54.1}
 H200 = profile(
@@ -57,11 +60,11 @@ def costs_of(given, batch=32, config=OPT_6_7B, itemsize=2):
     batch=st.integers(1, 48),
     prompt=st.integers(1, 3000),
     new=st.sampled_from([1, 2, 40]),  # few enough that no tail is ever flushed
-    device_gib=st.just(0.0) | st.floats(0.0, 60.0),
+    device_gib=st.floats(0.0, 60.0),
     host_gib=st.none() | st.floats(0.01, 60.0),
     small=st.integers(5_000, 50_000_000),
     keys_values=st.floats(1e-9, 1e-4),
-    project=st.floats(1e-9, 1e-3),
+    project=st.lists(st.floats(1e-9, 1e-3), min_size=3, max_size=3),
     absorb=st.floats(1e-9, 1e-4),
     dispatch=st.floats(1e-6, 1e-3),
     issue_copy=st.floats(1e-6, 1e-3),
@@ -76,9 +79,13 @@ def test_the_plan_is_the_best_of_those_that_fit(
 ):  # fmt: skip
     """Against every split, with the cost model and the bytes of the design page written out again."""
     bandwidth = small / 5e-5  # so many bytes and fewer take 50 µs
+    slopes = zip((1, 100, 700, 3000), (100, 700, 3000), project, strict=False)
+    projected = [(1, project[0])]
+    for shorter, longer, token_s in slopes:
+        projected.append((longer, projected[-1][1] + (longer - shorter) * token_s))
     machine = profile(
         to_device=[(2**10, 5e-5), (small, 5e-5), (2**30, 2**30 / bandwidth)],
-        keys_values=[(1, keys_values)], project=[(1, project)], absorb=[(1, absorb)],
+        keys_values=[(1, keys_values)], project=projected, absorb=[(1, absorb)],
         further_s=6e-5, dispatch_s=dispatch, layer_dispatch_s=further, segment_dispatch_s=segment, issue_s=issue_copy,
         beside_copies=0.25,
     )  # fmt: skip
@@ -91,11 +98,14 @@ def test_the_plan_is_the_best_of_those_that_fit(
         return 32 * batch * (split * 4096 + (tokens - split) * 8192) * 2
 
     def step_s(split, tokens, way):
-        resident, form = prompt - tokens, project if way == "project" else absorb
+        resident = prompt - tokens
+        form_s = float(np.interp(split, *zip(*projected, strict=True))) if way == "project" else split * absorb
         together = max(n for n in (1, 2, 4, 8) if n == 1 or n * batch * workload.total_tokens * 8192 * 2 <= 2**29)
         arrays = ([split * 4096] if split else []) + [(tokens - split) * 4096] * (2 if split < tokens else 0)
         layer = (1e-4 + (together - 1) * 6e-5) / together
-        compute = layer + split * form + (tokens - split + resident + tail) * keys_values  # the tail stays
+        compute = (
+            layer + (form_s if split else 0.0) + (tokens - split + resident + tail) * keys_values
+        )  # the tail stays
         link = sum(max(5e-5, together * batch * numbers * 2 / bandwidth) for numbers in arrays) / together
         issue = (dispatch + (together - 1) * further + len(arrays) * issue_copy) / together
         issue += ((split > 0) + (split < tokens) + (resident > 0)) * segment
@@ -106,9 +116,12 @@ def test_the_plan_is_the_best_of_those_that_fit(
     try:
         plan = make_plan(OPT_6_7B, float16, workload, request, machine, 4000 * GIB, 8000 * GIB)
     except MemoryError as error:
-        assert host_gib is not None and "GiB are allowed by --host-cache-gib" in str(error)
-        resident = max(0, int(device_gib * GIB) // cache_bytes(0, 1) - tail)
-        assert cache_bytes(prompt - resident, prompt - resident) > host_gib * GIB
+        stays = int(device_gib * GIB) // cache_bytes(0, 1) - tail
+        if "GiB are allowed by --device-cache-gib" in str(error):
+            assert stays < 0
+        else:
+            assert host_gib is not None and "GiB are allowed by --host-cache-gib" in str(error)
+            assert cache_bytes(prompt - max(0, stays), prompt - max(0, stays)) > host_gib * GIB
         return
     tokens = prompt - plan.resident_tokens
     assert plan.host_bytes == plan.host_bytes_per_step == cache_bytes(plan.split, tokens)
@@ -123,6 +136,64 @@ def test_the_plan_is_the_best_of_those_that_fit(
         assert plan.split in fitting
         assert plan.predicted_step_s == pytest.approx(best, rel=1e-6)
         assert step_s(plan.split, tokens, plan.recompute) == pytest.approx(best, rel=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    batch=st.integers(1, 64),
+    prompt=st.integers(1, 200),
+    new=st.integers(2, 120),
+    layers=st.sampled_from([8, 32, 48]),
+    room=st.floats(0.1, 1.0),
+    cap=st.none() | st.floats(0.2, 1.0),
+    config=st.sampled_from(
+        [OPT_6_7B, dataclasses.replace(GQA, hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128)]
+    ),
+)
+def test_the_device_holds_as_many_tokens_as_fit_beside_each_split(batch, prompt, new, layers, room, cap, config):
+    """Against every number of tokens, with the bytes of the design page written out again: 95 % of what is free."""
+    config = dataclasses.replace(config, num_layers=layers)
+    layer_token = batch * config.kv_width * 2  # as keys and values; activations take 8192
+    whole = layers * layer_token * (prompt + new - 1)
+    free, workload, float16 = int(room * (1.2 * whole + 2**26)), Workload(batch, prompt, new), jnp.dtype("float16")
+    request = Request(device_cache_gib=None if cap is None else cap * whole / GIB, tail_tokens=16)
+    costs = Costs(config, 2, batch, profile())
+    prefill = budget_for(costs, float16, workload, request, free, GIB, one_memory=False, has_fused=True).prefill
+    try:
+        plan = make_plan(config, float16, workload, request, profile(), free, 9000 * GIB, elsewhere=True)
+    except MemoryError:
+        return
+    tail, tails, merged_bytes = plan.tail_tokens, 2 if plan.flushes else 1, 0
+    for token_bytes in (layer_token, batch * 8192)[: 2 if config.activations_are_smaller else 1]:
+        merged = tail
+        while 4 * merged <= plan.flushes * tail and plan.group * merged * token_bytes < 2**25:
+            merged *= 4
+        merged_bytes = max(merged_bytes, layers * merged * token_bytes)
+
+    def fits(kept, split):
+        stays, full = min(prompt, kept), max(0, kept - prompt) // tail
+        leaves = (prompt - stays - split) * layer_token + split * batch * 8192
+        reads = leaves + (plan.flushes - full) * tail * layer_token
+        layer, beside = leaves + stays * layer_token, prefill.chunk_bytes
+        if plan.group > 1:
+            beside += plan.group * layer
+        elif prefill.sequences < batch:
+            beside = max(beside, layer)
+        filling = layers * stays * layer_token + 3 * plan.group * leaves + prefill.batch_bytes + beside
+        on_device = layers * (stays + full * tail) * layer_token
+        held = on_device + layers * tails * tail * layer_token
+        window = max(3 * plan.group * reads, min(384 * 2**20, 8 * plan.group * reads))
+        step = held + window + plan.group * layer_token * (prompt + new - 1) + 16 * batch * config.vocab_size
+        return max(filling, step, on_device + merged_bytes) <= 0.95 * free and held <= (
+            math.inf if cap is None else cap * whole
+        )
+
+    for each in plan.candidates:
+        kept = each.resident_tokens + (plan.resident_flushes * tail if each.split == plan.split else 0)
+        if kept:
+            assert fits(kept, each.split)
+        if each.resident_tokens < prompt - each.split:
+            assert not fits(kept + 1, each.split)
 
 
 @pytest.mark.parametrize("steps, before, expected", [
@@ -147,8 +218,7 @@ def test_a_split_that_the_host_cannot_hold_is_not_taken_and_the_plan_says_so():
         request = Request(offload="all", host_cache_gib=gib)
         plan = make_plan(OPT_6_7B, jnp.dtype("float16"), Workload(32, 1024, 8), request, slow_gpu, 900 * GIB, 900 * GIB)
         assert plan.split == split and part in plan.reason
-        own = [each for each in scheduler.candidates(plan) if each.recompute == plan.recompute]
-        marked = [each.split for each in own if not each.fits]
+        marked = [each.split for each in plan.candidates if each.recompute != "project" and not each.fits]
         assert marked == [*range(0, split, 64)]
 
 
@@ -327,7 +397,7 @@ def test_a_simulated_gpu_is_planned_alike_on_every_machine(monkeypatch):
 
 
 @pytest.mark.parametrize("offload", ["auto", "none"])
-@pytest.mark.parametrize("share, group", [(0.5, 8), (0.6, 4), (0.8, 2), (0.84, 1)])
+@pytest.mark.parametrize("share, group", [(0.5, 8), (0.6, 4), (0.8, 2), (0.86, 1)])
 def test_what_fits_the_device_stays_there_in_groups_as_large_as_there_is_room_for(share, group, offload):
     """Of 1 GiB a layer: 8 where an eighth of what is free holds them, fewer where so many have no room twice."""
     free = int(32 * GIB / share)
@@ -346,11 +416,11 @@ def test_the_device_is_filled_first_and_the_rest_spills_on_the_way(share):
     plan = make_plan(OPT_6_7B, jnp.dtype("float16"), workload, request, H200, 900 * GIB, 900 * GIB)
     assert plan.offloaded and plan.resident_tokens == 64 and plan.host_bytes_per_step == 0
     stays = plan.resident_tokens + plan.resident_flushes * 16
-    assert stays + 16 <= share * 1024 < stays + 2 * 16
+    assert stays + 2 * 16 <= share * 1024 < stays + 3 * 16  # one tail leaves while the next one is filled
     end = plan.at_the_end()
     on_host = end.activations + end.keys_values
     assert f"{on_host} new tokens go to the host, {end.activations} of them as activations" in plan.reason
-    assert scheduler.candidates(plan) == []
+    assert [(each.split, each.resident_tokens, each.fits) for each in plan.candidates] == [(0, 64, True)] * 2
     assert on_host == 64 + plan.flushes * 16 - stays and plan.host_bytes > 0
 
 
@@ -405,7 +475,7 @@ def test_too_little_host_memory_names_both_figures_and_the_flags():
     workload = Workload(32, 1024, 64)
     with pytest.raises(
         MemoryError,
-        match=r"host memory: the plan needs \d+\.\d+ GiB and 3\.00 GiB are free beside the weights; .*--split",
+        match=r"host memory: the plan needs \d+\.\d+ GiB and 3\.00 GiB are free beside the weights; .*--offload auto",
     ):
         plan_for(OPT_6_7B, workload, Request(offload="all"), device=64 * GIB, host=3 * GIB)
 
@@ -413,7 +483,7 @@ def test_too_little_host_memory_names_both_figures_and_the_flags():
 def test_too_little_device_memory_names_both_figures_and_the_flags(monkeypatch):
     monkeypatch.setattr(memory, "device_memory_is_host_memory", lambda: False)
     workload = Workload(32, 1024, 64)
-    with pytest.raises(MemoryError, match=r"device memory: the plan needs \d+\.\d+ GiB and 2\.00 GiB.*--offload all"):
+    with pytest.raises(MemoryError, match=r"device memory: the plan needs \d+\.\d+ GiB and 2\.00 GiB.*--offload auto"):
         plan_for(OPT_6_7B, workload, Request(offload="none"), device=2 * GIB, host=500 * GIB)
 
 
@@ -446,15 +516,18 @@ def test_plans_are_consistent_and_fit(batch, prompt, new, device_gib, split, con
     "request_", [Request(offload="all"), Request(split="100", recompute="project"), Request(split="0")], ids=str
 )
 def test_candidates_show_what_the_plan_was_chosen_from(request_):
-    workload = Workload(32, 1024, 64)
+    workload = Workload(32, 1024, 200)
     plan = plan_for(OPT_6_7B, workload, request_, device=100 * GIB, host=100 * GIB, given=H200)
-    found = scheduler.candidates(plan)
-    own = [each for each in found if each.recompute == plan.recompute]
-    assert {each.split for each in own} == {*buckets(1024), plan.split} and len(found) == len(own) + 1
-    assert {each.recompute for each in found} == {"project", "absorb"}
-    (chosen,) = [each for each in own if each.split == plan.split]
-    assert chosen.step_s == plan.predicted_step_s and all(each.fits for each in found)
-    assert chosen.step_s >= max(chosen.link_s, chosen.compute_s)
+    own = [each for each in plan.candidates if each.recompute in (plan.recompute, None)]
+    assert {each.split for each in own} == {*buckets(1024), plan.split} and len(plan.candidates) == len(own) + 1
+    assert {each.recompute for each in plan.candidates} >= {"project", "absorb"}
+    for each in own:
+        request = dataclasses.replace(request_, split=str(each.split), recompute=plan.recompute)
+        alone = plan_for(OPT_6_7B, workload, request, device=100 * GIB, host=100 * GIB, given=H200)
+        assert each.fits and each.step_s == alone.predicted_step_s == max(each.link_s, each.compute_s, each.dispatch_s)
+        if request_.split != "auto":  # new tails keep a share that is forced
+            assert each.last_step_s == alone.predicted_last_step_s
+            assert (each.host_bytes, each.device_bytes) == (alone.host_bytes, alone.device_bytes)
     if request_.split == "auto":
-        assert plan.predicted_step_s == min(each.step_s for each in found)
-    assert scheduler.candidates(plan_for()) == []
+        assert plan.predicted_step_s == min(each.step_s for each in plan.candidates)
+    assert plan_for().candidates == ()

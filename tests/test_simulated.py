@@ -196,9 +196,9 @@ def stored(tmp_path):
 
 
 def test_a_measured_profile_of_another_machine_is_taken(stored):
-    path = stored()
+    path = stored(memory="1000")
     found, memory_bytes = given(path, OPT, BFLOAT16, 3)
-    assert memory_bytes is None and found.machine["device"] == "other"
+    assert memory_bytes == 1000 and found.machine["device"] == "other"
     assert found == profile(machine=found.machine)
 
 
@@ -207,6 +207,7 @@ def test_a_measured_profile_of_another_machine_is_taken(stored):
      "it was measured for model num_layers=7, and this run has num_layers=3"),
     ({"dtype": "float16"}, "it was measured for dtype float16, and this run has bfloat16"),
     ({"batch": "4"}, "it was measured for batch 4, and this run has 3"),
+    ({"memory": "much"}, "memory 'much' must be a number of bytes"),
     ({"version": "1"}, f"it was measured for version 1, and this run has {profiles.VERSION}"),
 ])  # fmt: skip
 def test_a_measured_profile_of_something_else_is_refused(stored, changes, message):
@@ -318,7 +319,8 @@ def test_rows_say_what_does_not_fit_and_what_does_not_pay(capsys):
     assert cells(capsys.readouterr().out)[0][2:] == ["no room beside the weights", "-", "-", "-"]
 
 
-def test_a_measured_profile_has_a_row_without_a_limit_of_memory(capsys, tmp_path):
+@pytest.mark.parametrize("memory_bytes, streamed", [(2**40, r"[\d.]+"), (2**30, "weights do not fit")])
+def test_a_measured_profile_has_a_row_within_its_memory(memory_bytes, streamed, capsys, tmp_path):
     config = released.release("opt-6.7b").config
     machine = {
         "version": str(profiles.VERSION),
@@ -326,10 +328,12 @@ def test_a_measured_profile_has_a_row_without_a_limit_of_memory(capsys, tmp_path
         "model": repr(config),
         "dtype": "float16",
         "batch": "32",
+        "memory": str(memory_bytes),
     }
     profiles.write(tmp_path / "stored.json", profile(machine=machine))
     assert main(["--profile", str(tmp_path / "stored.json"), "--model", "opt-6.7b", "--dtype", "float16"]) == 0
-    assert cells(capsys.readouterr().out)[0][:2] == ["other", "opt-6.7b"]
+    device, model, first, *_ = cells(capsys.readouterr().out)[0]
+    assert (device, model) == ("other", "opt-6.7b") and re.fullmatch(streamed, first)
 
 
 @pytest.mark.parametrize("argv, message", [

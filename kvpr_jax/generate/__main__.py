@@ -30,7 +30,6 @@ from kvpr_jax.profiling import device, measure
 from kvpr_jax.profiling.report import table
 from kvpr_jax.runtime import Decoder, plan_for, workload_of
 from kvpr_jax.sampling import Sampling
-from kvpr_jax.scheduler import Candidate, candidates
 
 DEFAULT_PROMPT = "Open a file and"
 DEMONSTRATION = shlex.split("--offload all --split 50% --temperature 0.6 --top-p 0.9 --max-new-tokens 200")
@@ -113,24 +112,28 @@ def describe(plan: Plan) -> str:
     )
 
 
-def explained(plan: Plan, considered: Sequence[Candidate]) -> str:
-    """A table of what the plan was chosen from, with the times predicted for a step."""
+def explained(plan: Plan) -> str:
+    """A table of what the plan was chosen from, with the times predicted for a step and the memory needed."""
 
-    def milliseconds(seconds: float) -> str:
-        return f"{seconds * 1e3:.3f}"
+    def milliseconds(seconds: float | None) -> str:
+        return "-" if seconds is None else f"{seconds * 1e3:.3f}"
 
     return table([
         {
             "split": str(each.split),
-            "recompute": each.recompute if each.split else "-",
+            "recompute": each.recompute or "-",
+            "resident": str(each.resident_tokens),
             "link (ms)": milliseconds(each.link_s),
             "compute (ms)": milliseconds(each.compute_s),
-            "step (ms)": milliseconds(each.step_s),
-            "on the host at first (GiB)": f"{each.cache_bytes / memory.GIB:.3f}",
-            "": "<- the plan" if (each.split, each.recompute) == (plan.split, plan.recompute)
+            "dispatch (ms)": milliseconds(each.dispatch_s),
+            "first step (ms)": milliseconds(each.step_s),
+            "last step (ms)": milliseconds(each.last_step_s),
+            "host (GiB)": f"{each.host_bytes / memory.GIB:.3f}",
+            "device (GiB)": f"{each.device_bytes / memory.GIB:.3f}",
+            "": "<- the plan" if (each.split, each.recompute or plan.recompute) == (plan.split, plan.recompute)
             else "" if each.fits else "does not fit",
         }
-        for each in considered
+        for each in plan.candidates
     ])  # fmt: skip
 
 
@@ -187,31 +190,30 @@ def execute(arguments: argparse.Namespace) -> int:
     report = Reporter(arguments.quiet)
     keep_compiled(arguments)
     with failing_with(FAILURE):
-        directory = checkpoint.find(arguments.model, arguments.revision)
+        directory = checkpoint.find(arguments.model, arguments.revision, weights=not arguments.plan)
         config, hf = checkpoint.read_config(directory)
         tokenizer = checkpoint.load_tokenizer(directory)
-    dtype = jnp.dtype(arguments.dtype or checkpoint.default_dtype(hf))
-    if arguments.plan and arguments.profile is not None and arguments.dtype is None and dtype.itemsize > 2:
-        dtype = jnp.dtype(jnp.bfloat16)  # what a model is run in on a GPU, which this machine may lack
+    elsewhere = arguments.profile if arguments.plan else None
+    with failing_with(USAGE):
+        default = checkpoint.default_dtype(hf) if elsewhere is None else device.default_dtype(elsewhere)
+    dtype = jnp.dtype(arguments.dtype or default)
     if not arguments.ignore_eos:
         until = dataclasses.replace(until, eos_token_ids=frozenset(config.eos_token_ids))
     with failing_with(USAGE), report.bar("Planning") as progress:
         ids = encode(tokenizer, prompts, arguments.chat)
         workload = workload_of(ids, until.max_new_tokens, config)
         if arguments.profile is None:
-            measured, elsewhere_bytes = measure.load_or_measure(config, dtype, workload.batch, progress), None
+            measured, its_bytes = measure.load_or_measure(config, dtype, workload.batch, progress), None
         else:
-            measured, elsewhere_bytes = device.given(arguments.profile, config, dtype, workload.batch)
-        if not arguments.plan:
-            elsewhere_bytes = None  # it runs here
-        plan = plan_for(config, dtype, workload, request, weights_bytes(config, dtype), measured, elsewhere_bytes)
+            measured, its_bytes = device.given(arguments.profile, config, dtype, workload.batch)
+        free_bytes = None if elsewhere is None else its_bytes
+        plan = plan_for(config, dtype, workload, request, weights_bytes(config, dtype), measured, free_bytes)
     result = {"model": arguments.model, "plan": plan.as_dict()}
     if arguments.plan:
-        considered = candidates(plan)
         if arguments.json:
-            print(json.dumps(result | {"candidates": [dataclasses.asdict(each) for each in considered]}))
+            print(json.dumps(result | {"candidates": [dataclasses.asdict(each) for each in plan.candidates]}))
         else:
-            print("\n\n".join([describe(plan), *([explained(plan, considered)] if considered else [])]))
+            print("\n\n".join([describe(plan), *([explained(plan)] if plan.candidates else [])]))
         return 0
     with failing_with(FAILURE), report.bar("Loading the model", in_bytes=True) as progress:
         decoder = Decoder(checkpoint.load_model(directory, dtype.name, progress))
