@@ -213,17 +213,20 @@ class Budget:
 
     def _filling_bytes(self, leaving_bytes: int, staying_bytes: int) -> int:
         """Of prefill, beside what stays there: hidden states, groups that wait for the link, and a chunk's temporaries.
-        What becomes one is there twice: layers their group, and behind the last chunk all chunks of a layer.
+        What becomes one is there twice: layers their group, and behind the last chunk all chunks of a layer. Behind all
+        layers XLA tries ways to compute logits, on a copy of the head's weights.
 
         Args:
             leaving_bytes, staying_bytes: of a layer.
         """
-        group, layer_bytes, chunk_bytes = self.costs.group, leaving_bytes + staying_bytes, self.prefill.chunk_bytes
+        costs, group, layer_bytes = self.costs, self.costs.group, leaving_bytes + staying_bytes
+        beside_bytes = self.prefill.chunk_bytes
         if group > 1:
-            chunk_bytes += group * layer_bytes
+            beside_bytes += group * layer_bytes
         elif self.prefill.sequences < self.workload.batch:
-            chunk_bytes = max(chunk_bytes, layer_bytes)
-        return self.prefill.batch_bytes + WINDOW * group * leaving_bytes + chunk_bytes
+            beside_bytes = max(beside_bytes, layer_bytes)
+        head_bytes = costs.config.vocab_size * costs.config.hidden_size * costs.itemsize
+        return self.prefill.batch_bytes + WINDOW * group * leaving_bytes + max(beside_bytes, head_bytes)
 
     @property
     def _widest_bytes(self) -> int:

@@ -174,12 +174,12 @@ def test_the_device_holds_as_many_tokens_as_fit_beside_each_split(batch, prompt,
         stays, full = min(prompt, kept), max(0, kept - prompt) // tail
         leaves = (prompt - stays - split) * layer_token + split * batch * 8192
         reads = leaves + (plan.flushes - full) * tail * layer_token
-        layer, beside = leaves + stays * layer_token, prefill.chunk_bytes
+        layer, beside, head = leaves + stays * layer_token, prefill.chunk_bytes, config.vocab_size * 8192
         if plan.group > 1:
             beside += plan.group * layer
         elif prefill.sequences < batch:
             beside = max(beside, layer)
-        filling = layers * stays * layer_token + 3 * plan.group * leaves + prefill.batch_bytes + beside
+        filling = layers * stays * layer_token + 3 * plan.group * leaves + prefill.batch_bytes + max(beside, head)
         on_device = layers * (stays + full * tail) * layer_token
         held = on_device + layers * tails * tail * layer_token
         window = max(3 * plan.group * reads, min(384 * 2**20, 8 * plan.group * reads))
