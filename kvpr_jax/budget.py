@@ -90,7 +90,13 @@ class Budget:
             return False
         filling_bytes = self._filling_bytes(0, self.costs.host_bytes(0, self.workload.prompt_tokens))
         room = self._usable_bytes - max(filling_bytes, self._step_bytes)
-        return self.costs.cache_bytes(0, self.workload.total_tokens) <= min(room, self.device_cache_bytes)
+        tokens = self.workload.prompt_tokens + self._written
+        return self.costs.cache_bytes(0, tokens) <= min(room, self.device_cache_bytes)
+
+    @property
+    def _written(self) -> int:
+        """New tokens that are fed back, and slots for one where none is."""
+        return max(1, self.workload.new_tokens - 1)
 
     @property
     def device_cache_bytes(self) -> int:
@@ -124,7 +130,7 @@ class Budget:
         Args:
             split: tokens of the prompt that are held as activations on the host; None: all that do not stay.
         """
-        prompt, written = self.workload.prompt_tokens, max(1, self.workload.new_tokens - 1)
+        prompt, written = self.workload.prompt_tokens, self._written
         if self.all_stays or self.request.offload == "none":
             return Residency(False, prompt, 0, tail_tokens=written, flushes=0)
         tail = min(tail_tokens, written)
@@ -214,19 +220,17 @@ class Budget:
     def _filling_bytes(self, leaving_bytes: int, staying_bytes: int) -> int:
         """Of prefill, beside what stays there: hidden states, groups that wait for the link, and a chunk's temporaries.
         What becomes one is there twice: layers their group, and behind the last chunk all chunks of a layer. Behind all
-        layers XLA tries ways to compute logits, on a copy of the head's weights.
+        layers the logits' product is tried.
 
         Args:
             leaving_bytes, staying_bytes: of a layer.
         """
-        costs, group, layer_bytes = self.costs, self.costs.group, leaving_bytes + staying_bytes
-        beside_bytes = self.prefill.chunk_bytes
+        group, layer_bytes, beside_bytes = self.costs.group, leaving_bytes + staying_bytes, self.prefill.chunk_bytes
         if group > 1:
             beside_bytes += group * layer_bytes
         elif self.prefill.sequences < self.workload.batch:
             beside_bytes = max(beside_bytes, layer_bytes)
-        head_bytes = costs.config.vocab_size * costs.config.hidden_size * costs.itemsize
-        return self.prefill.batch_bytes + WINDOW * group * leaving_bytes + max(beside_bytes, head_bytes)
+        return self.prefill.batch_bytes + WINDOW * group * leaving_bytes + max(beside_bytes, self._trying_bytes)
 
     @property
     def _widest_bytes(self) -> int:
@@ -235,9 +239,16 @@ class Budget:
 
     @property
     def _step_bytes(self) -> int:
-        """Of a decode step beside the window: keys and values of one group, formed or transposed; logits."""
+        """Of a decode step beside the window: keys and values of one group, formed or transposed, or in the first step
+        what the logits' product is tried on; logits."""
         logits_bytes = 4 * self.workload.batch * self.costs.config.vocab_size * 4
-        return self.costs.group_bytes(0, self.workload.total_tokens) + logits_bytes
+        return max(self.costs.group_bytes(0, self.workload.total_tokens), self._trying_bytes) + logits_bytes
+
+    @property
+    def _trying_bytes(self) -> int:
+        """A copy of the head's weights, on which XLA tries ways to compute logits, but for a CPU."""
+        config = self.costs.config
+        return 0 if self.one_memory else config.vocab_size * config.hidden_size * self.costs.itemsize
 
     def _merging_bytes(self, tail: int, flushes: int) -> int:
         """Of a flush, beside what stays there: what all layers' smallest segments become one in."""

@@ -75,10 +75,13 @@ def test_slowed_costs_predict_what_was_measured(
         sides["dispatch"] = lambda c: c.issue_s(held[0])
 
     def ends_s(side):
-        more = {"copies to the device": 0.0, "dispatch": 3 * dispatch_s}
-        share = machine.layer_s(group) / costs.compute_s(held[0], recompute)
-        more["compute"] = 0.1 * share * OPT.num_layers * costs.link_s(held[0]) + machine.head_s
-        return OPT.num_layers * sides[side](costs) + (0.0 if engine == "sequential" else more[side])
+        share = 0.0 if engine == "sequential" else 0.1 * machine.layer_s(group) / costs.compute_s(held[0], recompute)
+        beside = {
+            "copies to the device": 0.0,
+            "compute": share * OPT.num_layers * costs.link_s(held[0]) + machine.head_s,
+            "dispatch": 3 * dispatch_s,
+        }
+        return OPT.num_layers * sides[side](costs) + beside[side]
 
     assert blamed == max(sides, key=ends_s)
     for side, seconds in sides.items():  # the others are as they were

@@ -103,9 +103,7 @@ def test_the_plan_is_the_best_of_those_that_fit(
         together = max(n for n in (1, 2, 4, 8) if n == 1 or n * batch * workload.total_tokens * 8192 * 2 <= 2**29)
         arrays = ([split * 4096] if split else []) + [(tokens - split) * 4096] * (2 if split < tokens else 0)
         layer = (1e-4 + (together - 1) * 6e-5) / together
-        compute = (
-            layer + (form_s if split else 0.0) + (tokens - split + resident + tail) * keys_values
-        )  # the tail stays
+        compute = layer + bool(split) * form_s + (tokens - split + resident + tail) * keys_values  # the tail stays
         link = sum(max(5e-5, together * batch * numbers * 2 / bandwidth) for numbers in arrays) / together
         issue = (dispatch + (together - 1) * further + len(arrays) * issue_copy) / together
         issue += ((split > 0) + (split < tokens) + (resident > 0)) * segment
@@ -183,7 +181,8 @@ def test_the_device_holds_as_many_tokens_as_fit_beside_each_split(batch, prompt,
         on_device = layers * (stays + full * tail) * layer_token
         held = on_device + layers * tails * tail * layer_token
         window = max(3 * plan.group * reads, min(384 * 2**20, 8 * plan.group * reads))
-        step = held + window + plan.group * layer_token * (prompt + new - 1) + 16 * batch * config.vocab_size
+        formed = plan.group * layer_token * (prompt + new - 1)
+        step = held + window + max(formed, head) + 16 * batch * config.vocab_size
         return max(filling, step, on_device + merged_bytes) <= 0.95 * free and held <= (
             math.inf if cap is None else cap * whole
         )
