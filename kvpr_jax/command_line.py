@@ -120,10 +120,12 @@ def run(module: str, command: Callable[[], int], debug: bool = False) -> int:
 
 
 class Reporter:
-    """What is said on stderr: notes, and progress bars if it is a terminal."""
+    """What is said on stderr: notes, and progress bars if it is a terminal. If quiet, neither, and no warnings."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
+        if quiet:
+            warnings.simplefilter("ignore")
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:

@@ -176,13 +176,15 @@ def test_a_link_that_has_fallen_is_a_warning_where_a_profile_is_measured_or_read
 
 
 @pytest.mark.filterwarnings("default")
-def test_a_warning_of_a_command_is_one_line(capsys):
+@pytest.mark.parametrize("quiet, shown", [(False, "kvpr_jax.some: warning: there is\tless\n"), (True, "")])
+def test_a_warning_of_a_command_is_one_line_and_none_where_it_is_quiet(quiet, shown, capsys):
     def command():
+        command_line.Reporter(quiet)
         warnings.warn("there is\tless", stacklevel=1)
         return 0
 
     assert command_line.run("kvpr_jax.some", command) == 0
-    assert capsys.readouterr().err == "kvpr_jax.some: warning: there is\tless\n"
+    assert capsys.readouterr().err == shown
 
 
 def test_copies_between_two_sizes_are_on_the_line_through_both():
