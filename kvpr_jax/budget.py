@@ -198,10 +198,11 @@ class Budget:
         for place, needed, there, allowed in limits:
             if needed > there:
                 are = "free beside the weights" if allowed is None else f"allowed by --{place}-cache-gib"
+                bounded = request.device_cache_gib is not None
                 helps = {
-                    f"a larger --{place}-cache-gib": allowed is not None,
-                    "a larger --device-cache-gib": place == "host" and request.device_cache_gib is not None,
-                    "--offload all": place == "device" and request.device_cache_gib is not None,
+                    "a larger --host-cache-gib": place == "host" and allowed is not None,
+                    "a larger --device-cache-gib": bounded and (place == "host" or allowed is not None),
+                    "--offload all": bounded and place == "device",
                     "--offload auto": request.offload == ("all" if place == "host" else "none") and not forced,
                     "another --split": place == "host" and forced,
                 }

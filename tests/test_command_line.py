@@ -225,9 +225,11 @@ def test_steps_that_stay_slower_than_predicted_are_told_once(run, monkeypatch):
 def test_a_budget_that_is_too_small_is_refused_before_the_model_is_loaded(run, monkeypatch):
     monkeypatch.setattr(checkpoint, "load_model", None)
     refused = run("--prompt", PROMPT, "--offload", "all", "--host-cache-gib", "1.5e-6")
-    expect_error(refused, command_line.FAILURE, " GiB and 0.0000015 GiB are allowed by --host-cache-gib")
+    parts = "and 0.0000015 GiB are allowed by --host-cache-gib", "help: a larger --host-cache-gib, --offload auto, f"
+    expect_error(refused, command_line.FAILURE, *parts)
     refused = run("--prompt", PROMPT, "--device-cache-gib", "0")
-    expect_error(refused, command_line.FAILURE, " GiB and 0.00 GiB are allowed by --device-cache-gib", "--offload all")
+    parts = "and 0.00 GiB are allowed by --device-cache-gib", "help: a larger --device-cache-gib, --offload all, f"
+    expect_error(refused, command_line.FAILURE, *parts)
 
 
 @pytest.mark.parametrize("arguments, expected", [
