@@ -247,13 +247,15 @@ class Plan:
         larger = dataclasses.replace(held, keys_values=keys_values + tail)
         return self.step_s(smaller) <= self.step_s(larger)
 
+    def at_first(self) -> Held:
+        """Tokens of a layer behind prefill."""
+        leaving = self.cached_tokens - self.resident_tokens
+        return Held(self.split, leaving - self.split, self.resident_tokens)
+
     def at_the_end(self) -> Held:
         """Tokens of a layer when all tails are flushed."""
-        held = Held(
-            activations=self.split,
-            keys_values=self.cached_tokens - self.resident_tokens - self.split,
-            resident=self.resident_tokens + self.resident_flushes * self.tail_tokens,
-        )
+        held = self.at_first()
+        held = dataclasses.replace(held, resident=held.resident + self.resident_flushes * self.tail_tokens)
         for index in range(self.resident_flushes, self.flushes):
             form = "activations" if self.tail_is_activations(held, index) else "keys_values"
             held = dataclasses.replace(held, **{form: getattr(held, form) + self.tail_tokens})

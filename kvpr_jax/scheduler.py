@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from kvpr_jax import memory
 from kvpr_jax.budget import Budget, Residency, budget_for
 from kvpr_jax.config import ModelConfig
-from kvpr_jax.costs import Costs, Held, buckets
+from kvpr_jax.costs import Costs, buckets
 from kvpr_jax.models.attention import Recompute, fused, fusible
 from kvpr_jax.plan import Candidate, Plan, Request, Workload
 from kvpr_jax.profiling.profile import Profile
@@ -117,8 +117,7 @@ def _plan(split: int, recompute: Recompute, residency: Residency, budget: Budget
     """The plan that holds so many of the prompt's tokens as activations and uses them so, and what it comes to."""
     costs, workload = budget.costs, budget.workload
     leaving = workload.prompt_tokens - residency.resident_tokens
-    held = Held(split, leaving - split, residency.resident_tokens)
-    leaving_bytes = costs.host_bytes(held.activations, held.keys_values)
+    leaving_bytes = costs.host_bytes(split, leaving - split)
     plan = Plan(
         batch=workload.batch,
         group=costs.group,
@@ -146,16 +145,14 @@ def _plan(split: int, recompute: Recompute, residency: Residency, budget: Budget
         plan,
         host_bytes=costs.config.num_layers * read_bytes,
         device_bytes=budget.device_bytes(residency, leaving_bytes, read_bytes),
-        predicted_step_s=plan.step_s(plan.with_tail(held, 0)),
+        predicted_step_s=plan.step_s(plan.with_tail(plan.at_first(), 0)),
         predicted_last_step_s=plan.step_s(plan.with_tail(end, plan.flushes)),
     )
 
 
 def _first_sides(plan: Plan) -> dict[str, float]:
     """What the first decode step may be bound by; see `Costs.sides`."""
-    leaving = plan.cached_tokens - plan.resident_tokens
-    held = plan.with_tail(Held(plan.split, leaving - plan.split, plan.resident_tokens), 0)
-    return plan.costs.sides(held, plan.recompute, plan.engine)
+    return plan.costs.sides(plan.with_tail(plan.at_first(), 0), plan.recompute, plan.engine)
 
 
 def _candidates(plans: Sequence[Plan], chosen: Plan, budget: Budget) -> tuple[Candidate, ...]:
