@@ -175,7 +175,8 @@ class Budget:
         filling = costs.cache_bytes(0, of.resident_tokens) + self._filling_bytes(leaving_bytes, staying_bytes)
         stepping = self.held_bytes(of) + window_bytes(group * read_bytes) + self._step_bytes
         resident_bytes = costs.cache_bytes(0, of.resident_tokens + of.resident_flushes * of.tail_tokens)
-        return max(filling, stepping, resident_bytes + self._merging_bytes(of.tail_tokens, of.flushes))
+        merging = resident_bytes + self._merging_bytes(of.tail_tokens, of.flushes)
+        return max(self.prefill.batch_bytes + self._trying_bytes, filling, stepping, merging)
 
     def host_limit_bytes(self, of: Residency) -> int:
         """Host memory that the cache may take, whatever is revised on the way."""
@@ -220,8 +221,7 @@ class Budget:
 
     def _filling_bytes(self, leaving_bytes: int, staying_bytes: int) -> int:
         """Of prefill, beside what stays there: hidden states, groups that wait for the link, and a chunk's temporaries.
-        What becomes one is there twice: layers their group, and behind the last chunk all chunks of a layer. Behind all
-        layers the logits' product is tried.
+        What becomes one is there twice: layers their group, and behind the last chunk all chunks of a layer.
 
         Args:
             leaving_bytes, staying_bytes: of a layer.
@@ -231,7 +231,7 @@ class Budget:
             beside_bytes += group * layer_bytes
         elif self.prefill.sequences < self.workload.batch:
             beside_bytes = max(beside_bytes, layer_bytes)
-        return self.prefill.batch_bytes + WINDOW * group * leaving_bytes + max(beside_bytes, self._trying_bytes)
+        return self.prefill.batch_bytes + WINDOW * group * leaving_bytes + beside_bytes
 
     @property
     def _widest_bytes(self) -> int:
@@ -240,14 +240,13 @@ class Budget:
 
     @property
     def _step_bytes(self) -> int:
-        """Of a decode step beside the window: keys and values of one group, formed or transposed, or in the first step
-        what the logits' product is tried on; logits."""
+        """Of a decode step beside the window: keys and values of one group, formed or transposed; logits."""
         logits_bytes = 4 * self.workload.batch * self.costs.config.vocab_size * 4
-        return max(self.costs.group_bytes(0, self.workload.total_tokens), self._trying_bytes) + logits_bytes
+        return self.costs.group_bytes(0, self.workload.total_tokens) + logits_bytes
 
     @property
     def _trying_bytes(self) -> int:
-        """A copy of the head's weights, on which XLA tries ways to compute logits, but for a CPU."""
+        """A copy of the head's weights, on which XLA tries ways to compute logits before prefill, but for a CPU."""
         config = self.costs.config
         return 0 if self.one_memory else config.vocab_size * config.hidden_size * self.costs.itemsize
 

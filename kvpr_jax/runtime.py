@@ -92,6 +92,9 @@ class Decoder:
             rows = slice(first, first + plan.prefill_sequences)
             place = Place(slots, None if start is None else start[rows])
             chunks.append((place, steps.embed(*self.embedder, tokens[rows], place)[0]))
+        # Compiled while there is room for the copy of the head's weights that XLA tries the product on.
+        last = jax.ShapeDtypeStruct((plan.batch, 1, self.config.hidden_size), self.dtype)
+        steps.logits.lower(*self.embedder, memory.described(last, host=False)).compile()
         groups: list[tuple[Segment, ...]] = []
         layers = []  # of the next group: segments for the host, and segments that stay
         for layer, params in enumerate(self.params, start=1):
@@ -113,9 +116,8 @@ class Decoder:
                 layers.clear()
             if progress is not None:
                 progress(layer, self.config.num_layers)
-        logits = [steps.logits(*self.embedder, h) for _, h in chunks]
-        cache = Cache(self.config, self.dtype, plan, groups, plan.cached_tokens, start)
-        return cache, jnp.concatenate(logits)
+        logits = steps.logits(*self.embedder, jnp.concatenate([h[:, -1:] for _, h in chunks]))
+        return Cache(self.config, self.dtype, plan, groups, plan.cached_tokens, start), logits
 
     def compute(self, tails: list[Segment], place: Place, functions: Sequence[steps.DecodeLayers]) -> engines.Compute:
         """What an engine calls to compute a group, by its function, for a token at `place`, which it writes into the

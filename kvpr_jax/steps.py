@@ -186,10 +186,10 @@ def _decode_layer(
 
 
 @functools.partial(jax.jit, static_argnames=("definition",))
-def logits(definition: Definition, params: Params, h: Float[Array, "B Q D"]) -> Float[Array, "B V"]:
-    """Logits after the last token of each sequence (padding is on the left), in the weights' dtype, as float32."""
+def logits(definition: Definition, params: Params, h: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:
+    """Logits after a token of each sequence, in the weights' dtype, as float32."""
     with _precision(h):
-        return definition.module(params).decode(h[:, -1:])[:, 0]
+        return definition.module(params).decode(h)[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("choice",))

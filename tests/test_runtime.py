@@ -152,6 +152,31 @@ def test_no_array_of_the_run_is_larger_than_what_is_reserved_for(split, group, m
     assert plan.host_bytes == cache.bytes_per_step
 
 
+def test_logits_are_compiled_once_and_before_the_cache_takes_its_memory(monkeypatch):
+    """For prefill's chunks and the steps."""
+    decoder, prompts = Decoder(random_model(OPT)), random_prompts((5, 5, 5), OPT.vocab_size)
+    plan, prefill_layer, compiled = decoder.plan(prompts, 3, Request(prefill_tokens=10)), steps.prefill_layer, []
+
+    def run():
+        compiled.append(compiling.compiled_here())
+        cache, logits = decoder.prefill(prompts, plan)
+        compiled.append(compiling.compiled_here())
+        decoder.step(cache, logits.argmax(-1))
+        compiled.append(compiling.compiled_here())
+
+    def layer(*arguments, **options):
+        compiled.append(compiling.compiled_here())
+        return prefill_layer(*arguments, **options)
+
+    run()
+    compiled.clear()
+    steps.logits.clear_cache()
+    monkeypatch.setattr(steps, "prefill_layer", layer)
+    run()
+    assert plan.prefill_sequences == 2
+    assert [count - compiled[0] for count in compiled] == [0] + [1] * (2 * OPT.num_layers + 2)
+
+
 class Link:
     """Segments whose copies are never done until somebody waits for a group behind them."""
 

@@ -177,13 +177,13 @@ def test_the_device_holds_as_many_tokens_as_fit_beside_each_split(batch, prompt,
             beside += plan.group * layer
         elif prefill.sequences < batch:
             beside = max(beside, layer)
-        filling = layers * stays * layer_token + 3 * plan.group * leaves + prefill.batch_bytes + max(beside, head)
+        filling = layers * stays * layer_token + 3 * plan.group * leaves + prefill.batch_bytes + beside
         on_device = layers * (stays + full * tail) * layer_token
         held = on_device + layers * tails * tail * layer_token
         window = max(3 * plan.group * reads, min(384 * 2**20, 8 * plan.group * reads))
         formed = plan.group * layer_token * (prompt + new - 1)
-        step = held + window + max(formed, head) + 16 * batch * config.vocab_size
-        return max(filling, step, on_device + merged_bytes) <= 0.95 * free and held <= (
+        step = held + window + formed + 16 * batch * config.vocab_size
+        return max(prefill.batch_bytes + head, filling, step, on_device + merged_bytes) <= 0.95 * free and held <= (
             math.inf if cap is None else cap * whole
         )
 
