@@ -10,7 +10,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 
@@ -27,7 +27,7 @@ from kvpr_jax.scheduler import make_plan
 
 MODULE = "kvpr_jax.profiling.simulated"
 MODELS = ("opt-6.7b", "opt-13b", "opt-30b", "llama-2-7b", "llama-2-13b", "llama-3-8b")
-WAYS: tuple[Recompute, ...] = ("project", "absorb")
+WAYS = get_args(Recompute)
 FIGURES = {  # what is shown of a device: heading, unit
     "link_bytes_per_s": ("link (GB/s)", 1e9),
     "flops_per_s": ("matrix products (TFLOP/s)", 1e12),
