@@ -26,6 +26,7 @@ from kvpr_jax.plan import OffloadMode, Request
 from kvpr_jax.profiling import profile
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # how JAX's errors of that kind begin
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,7 +111,12 @@ def run(module: str, command: Callable[[], int], debug: bool = False) -> int:
     except (Failure, jax.errors.JaxRuntimeError) as error:  # JAX's: memory beyond what was planned, a lost device
         if debug:
             raise
-        print(f"{module}: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        text = str(error).splitlines()[0]
+        if text.startswith(OUT_OF_MEMORY):
+            text += (
+                "; what would help: a smaller memory budget, fewer or shorter prompts, or less taken by other programs"
+            )
+        print(f"{module}: error: {text}", file=sys.stderr)
         return error.code if isinstance(error, Failure) else FAILURE
     except OSError as error:  # stdout: a full disk, or a reader that has gone, as in `… | head`, which is no error
         if not isinstance(error, BrokenPipeError):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 from test_checkpoint import change_config, write, write_tokenizer
@@ -489,6 +490,21 @@ def test_too_little_memory_is_told_with_both_figures_and_the_flags(run, monkeypa
     result = run("--prompt", PROMPT, "--offload", "all")
     expect_error(result, 1, f"not enough {place} memory", flags)
     assert len(re.findall(r"\d+\.\d+ GiB", result.err)) == 2
+
+
+@pytest.mark.parametrize(
+    "text, helps", [("RESOURCE_EXHAUSTED: Out of memory", True), ("INTERNAL: a lost device", False)]
+)
+def test_what_xla_runs_into_is_one_line(run, monkeypatch, text, helps):
+    def fails(*_, **__):
+        raise jax.errors.JaxRuntimeError(f"{text}\nand where")
+
+    monkeypatch.setattr(Decoder, "prefill", fails)
+    result = run("--prompt", PROMPT)
+    assert result.code == 1 and result.out == ""
+    (line,) = [line for line in result.err.splitlines() if "error: " in line]
+    assert line.startswith(f"kvpr_jax.generate: error: {text}") and "and where" not in result.err
+    assert ("what would help: a smaller memory budget" in line) == helps
 
 
 def test_debug_shows_the_traceback_of_what_went_wrong(run):
