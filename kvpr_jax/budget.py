@@ -2,7 +2,6 @@
 
 import bisect
 import dataclasses
-import math
 
 import jax.numpy as jnp
 
@@ -208,8 +207,9 @@ class Budget:
                     "another --split": place == "host" and forced,
                 }
                 changes = ", ".join(change for change, would in helps.items() if would)
+                figures = f"needs {memory.in_gib(needed)} GiB and {memory.in_gib(max(0, there))} GiB are {are}"
                 return (
-                    f"not enough {place} memory: the plan needs {_gib(needed)} and {_gib(max(0, there))} are {are}; "
+                    f"not enough {place} memory: the plan {figures}; "
                     f"what would help: {changes}{', ' if changes else ''}"
                     "fewer or shorter prompts, a smaller --max-new-tokens or a narrower --dtype"
                 )
@@ -301,9 +301,3 @@ def _prefill(
     while queries > PREFILL_QUERIES_LEAST and queries * query_bytes > most_bytes:
         queries = -(-queries // 2)
     return Prefill(sequences, queries, batch_bytes, chunk_bytes())
-
-
-def _gib(nbytes: int) -> str:
-    """15.61 GiB, and 0.000075 GiB: two decimals, or two digits of what is less."""
-    gib = nbytes / memory.GIB
-    return f"{gib:.{max(2, 1 - math.floor(math.log10(gib))) if nbytes else 2}f} GiB"

@@ -137,9 +137,8 @@ class Cache:
             self._slowed = slowed
         if self.miss is None:
             self.miss = (
-                f"decode steps take {self.predicted_step_s * 1e3:.2f} ms, {predicted_s * 1e3:.2f} ms were predicted: "
-                f"{blamed} must be slower than when this machine was profiled"
-                + ("; later tokens are held accordingly" if free else "")
+                f"decode steps take {self.predicted_step_s * 1e3:.2f} ms, {predicted_s * 1e3:.2f} ms were predicted; "
+                f"slower than profiled: {blamed}" + ("; later tokens are held accordingly" if free else "")
             )
 
     @property

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import resource
 import sys
@@ -22,6 +23,12 @@ GIB = 2**30
 Tree = TypeVar("Tree")
 
 _pool_bytes = 0  # XLA's pool of pinned memory is at least this large: what was reserved, or seen live
+
+
+def in_gib(nbytes: int) -> str:
+    """15.61, and 0.000075: two decimals, or two digits of what is less."""
+    gib = nbytes / GIB
+    return f"{gib:.{max(2, 1 - math.floor(math.log10(gib))) if nbytes else 2}f}"
 
 
 def allow_pinned_memory() -> None:

@@ -10,6 +10,7 @@ from kvpr_jax.models.attention import Recompute
 
 OffloadMode = Literal["auto", "all", "none"]
 
+TAIL_COMPILES = 3  # times what the profile's compilation took: the steps behind a flush have larger functions
 MERGE = 4  # flushed segments of equal length that become one
 MERGE_BYTES = 32 * 2**20  # but none this large, which crosses at the link's full rate
 
@@ -155,7 +156,7 @@ class Plan:
         reason: why this split, in a sentence.
         costs: the cost model that it was chosen by.
         candidates: what it was chosen from, by split: those that use activations as it does, and the best of those that
-            do not. None where all of the cache stays on the device.
+            do not. It alone where all of the cache stays on the device.
     """
 
     batch: int
@@ -208,6 +209,12 @@ class Plan:
         """All tokens that a step reads beside these: the tail of this index, slots not written yet too."""
         smaller = self.tail_is_activations(held, index)
         return dataclasses.replace(held, tail=self.tail_tokens, tail_is_activations=smaller)
+
+    @property
+    def waits_s(self) -> float:
+        """What the steps behind flushes wait for the compiler, at most."""
+        filling_s = self.tail_tokens * self.predicted_step_s
+        return self.flushes * max(0.0, TAIL_COMPILES * self.costs.profile.compile_s - filling_s)
 
     @property
     def step_shape(self) -> tuple[Any, ...]:

@@ -17,13 +17,12 @@ from kvpr_jax.budget import Budget, Residency, budget_for
 from kvpr_jax.config import ModelConfig
 from kvpr_jax.costs import Costs, buckets
 from kvpr_jax.models.attention import Recompute, fused, fusible
-from kvpr_jax.plan import Candidate, Plan, Request, Workload
+from kvpr_jax.plan import TAIL_COMPILES, Candidate, Plan, Request, Workload
 from kvpr_jax.profiling.profile import Profile
 
 WAYS: tuple[Recompute, ...] = ("absorb", "project")
 TAIL_BYTES = 16 * 2**20  # a flushed segment should be this large: smaller copies use under half of the link
 TAIL_TOKENS = (64, 256)  # and have between these many tokens
-TAIL_COMPILES = 3  # but gather for so many times what the profile compiled took: the next group's functions are larger
 TAIL_MOST = 1024  # tokens at most, and two tails in
 TAIL_SHARE = 16  # one part in so many of the device's free memory, and no more than --device-cache-gib
 
@@ -63,7 +62,7 @@ def make_plan(
     if lasting > plan.tail_tokens:
         with contextlib.suppress(MemoryError):
             longer = _best_plan(budget, lasting, compiled)
-            plan = min(plan, longer, key=lambda plan: _steps_s(plan, workload) + _waits_s(plan))
+            plan = min(plan, longer, key=lambda plan: _steps_s(plan, workload) + plan.waits_s)
     return plan
 
 
@@ -88,8 +87,7 @@ def _best_plan(budget: Budget, tail_tokens: int, compiled: Collection[tuple[Any,
     chosen = min(fitting, key=remaining_s)
     own = [plan for plan in plans if plan.recompute == chosen.recompute]
     reason = only or _reason(chosen, len(own), unfit=sum(plan not in fitting for plan in own))
-    found = _candidates(plans, chosen, budget) if chosen.offloaded else ()
-    return dataclasses.replace(chosen, reason=reason, candidates=found)
+    return dataclasses.replace(chosen, reason=reason, candidates=_candidates(plans, chosen, budget))
 
 
 def _splits(budget: Budget, tail_tokens: int) -> tuple[list[int], str]:
@@ -213,9 +211,3 @@ def _lasting_tail(plan: Plan, budget: Budget) -> int:
 def _steps_s(plan: Plan, workload: Workload) -> float:
     """All decode steps, as long as the first and the last one in the mean."""
     return max(1, workload.new_tokens - 1) * (plan.predicted_step_s + plan.predicted_last_step_s) / 2
-
-
-def _waits_s(plan: Plan) -> float:
-    """What steps behind flushes wait for the compiler, at most."""
-    filling_s = plan.tail_tokens * plan.predicted_step_s
-    return plan.flushes * max(0.0, TAIL_COMPILES * plan.costs.profile.compile_s - filling_s)

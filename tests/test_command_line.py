@@ -20,7 +20,7 @@ from test_checkpoint import change_config, write, write_tokenizer
 
 import kvpr_jax
 from helpers import OPT, profile, random_model
-from kvpr_jax import Decoder, checkpoint, command_line, memory, pace, stream
+from kvpr_jax import Decoder, checkpoint, command_line, memory, pace, scheduler, stream
 from kvpr_jax.profiling import device
 from kvpr_jax.profiling import measure as measuring
 from kvpr_jax.profiling import profile as profiles
@@ -167,13 +167,30 @@ def test_the_plan_is_printed_and_nothing_is_run(run, monkeypatch, directory, cou
     plan, blank, heading, _, *table = result.out.splitlines()
     assert plan.startswith(f"plan: of {count} prompt tokens, 3 on the host as activations") and not blank
     times = "link (ms) | compute (ms) | dispatch (ms) | first step (ms) | last step (ms)"
-    assert heading == f"| split | recompute | resident | {times} | host (GiB) | device (GiB) |  |"
+    assert heading == f"| split | recompute | resident | {times} | host cache (GiB) | device in all (GiB) |  |"
     (chosen,) = [row for row in table if "<- the plan" in row]
     told = one_object(run("--prompt", PROMPT, "--plan", "--split", "3", "--json").out)
     assert list(told) == ["model", "plan", "candidates"] and told["model"] == str(directory)
     assert told["plan"]["split"] == 3 and chosen.startswith(f"| 3 | {told['plan']['recompute']} | ")
     assert len(told["candidates"]) == len(table)
-    assert run("--prompt", PROMPT, "--plan", "--offload", "none").out.count("\n") == 1
+    (row,) = run("--prompt", PROMPT, "--plan", "--offload", "none").out.splitlines()[4:]
+    assert row.startswith(f"| 0 | - | {count} | 0.000 | ") and re.search(r" \| 0.00 \| 0.0000\d\d \| <- the plan \|$", row)
+
+
+def test_a_plan_says_where_new_tokens_go(run, count, monkeypatch):
+    def told(*arguments, new="200"):
+        return run("--prompt", PROMPT, "--plan", "--max-new-tokens", new, "--offload", "all", *arguments).out
+
+    monkeypatch.setattr(measuring, "load_or_measure", lambda *_: profile(compile_s=0.5))
+    monkeypatch.setattr(scheduler, "TAIL_TOKENS", (64, 64))
+    monkeypatch.setattr(scheduler, "TAIL_MOST", 64)
+    assert f"{count} prompt tokens, 0 on the host as activations, {count} on the host as keys" in told("--split", "0")
+    assert "new tokens gather on the device, 64 at a time, and go to the host 3 times" in told()
+    waits = re.search(r"go to the host 3 times \(up to (\d\.\d) s in all to compile for it\)", told())
+    assert 0.0 < float(waits[1]) < 4.5
+    monkeypatch.setattr(measuring, "load_or_measure", lambda *_: profile(compile_s=0.0))
+    assert "to compile" not in told() and "go to the host 3 times" in told()
+    assert "go to the host" not in told(new="60") and "new tokens stay on the device" in told(new="60")
 
 
 def test_a_plan_for_a_device_that_is_not_here(run, directory, tmp_path):
@@ -216,11 +233,11 @@ def test_steps_that_stay_slower_than_predicted_are_told_once(run, monkeypatch):
     monkeypatch.setattr(pace, "STEPS", 3)
     monkeypatch.setattr(pace, "SLOW_S", 0.0)
     result = run("--prompt", PROMPT, "--offload", "all")
-    assert result.err.count("were predicted: ") == 1 and result.err.count("\n") == 3  # plan, miss, statistics
+    assert result.err.count("were predicted; ") == 1 and result.err.count("\n") == 3  # plan, miss, statistics
     told = one_object(run("--prompt", PROMPT, "--offload", "all", "--json", "--quiet").out)["stats"]
-    assert "were predicted: " in told["miss"] and told["recompiled"] == 0 and told["longest_wait_s"] == 0.0
+    assert "were predicted; " in told["miss"] and told["recompiled"] == 0 and told["longest_wait_s"] == 0.0
     forced = one_object(run("--prompt", PROMPT, "--split", "3", "--json").out)["stats"]["miss"]
-    assert "were predicted: " in forced and "later tokens" in told["miss"] and "later tokens" not in forced
+    assert "were predicted; " in forced and "later tokens" in told["miss"] and "later tokens" not in forced
 
 
 def test_a_budget_that_is_too_small_is_refused_before_the_model_is_loaded(run, monkeypatch):

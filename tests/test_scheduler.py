@@ -149,7 +149,7 @@ def test_the_plan_is_the_best_of_those_that_fit(
     ),
 )
 def test_the_device_holds_as_many_tokens_as_fit_beside_each_split(batch, prompt, new, layers, room, cap, config):
-    """Against every number of tokens, with the bytes of the design page written out again: 95 % of what is free."""
+    """Against every number of tokens, with the bytes of the design page written out again: 90 % of what is free."""
     config = dataclasses.replace(config, num_layers=layers)
     layer_token = batch * config.kv_width * 2  # as keys and values; activations take 8192
     whole = layers * layer_token * (prompt + new - 1)
@@ -529,4 +529,5 @@ def test_candidates_show_what_the_plan_was_chosen_from(request_):
             assert (each.host_bytes, each.device_bytes) == (alone.host_bytes, alone.device_bytes)
     if request_.split == "auto":
         assert plan.predicted_step_s == min(each.step_s for each in plan.candidates)
-    assert plan_for().candidates == ()
+    (only,) = plan_for().candidates
+    assert (only.split, only.recompute, only.link_s, only.resident_tokens, only.fits) == (0, None, 0.0, 16, True)

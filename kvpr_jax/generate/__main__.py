@@ -58,7 +58,8 @@ def parser() -> Parser:
     add("--min-p", metavar="P", type=float, default=0.0)
     add("--seed", metavar="N", type=int, default=0)
     split_of = "prompt tokens held as activations; implies --offload all"
-    add_cache_options(parser, split_of, "auto", "auto: only what the device cannot hold")
+    add_cache_options(parser, split_of, "auto", "auto: only what the device cannot hold; all: the prompt, and "
+        "new tokens in tails, which gather on the device; default: auto")  # fmt: skip
     add = parser.add_argument_group("output").add_argument
     add("--quiet", action="store_true", help="nothing on stderr but errors")
     add("--plan", action="store_true", help="print the plan and what it was chosen from, and exit")
@@ -102,10 +103,18 @@ def describe(plan: Plan) -> str:
         held = f"{plan.cached_tokens} prompt tokens on the device"
     else:
         streamed = plan.cached_tokens - plan.split - plan.resident_tokens
+        way = f" ({plan.recompute})" if plan.split else ""
         held = (
-            f"of {plan.cached_tokens} prompt tokens, {plan.split} on the host as activations ({plan.recompute}), "
-            f"{streamed} on the host as keys and values, {plan.resident_tokens} on the device"
+            f"of {plan.cached_tokens} prompt tokens, {plan.split} on the host as activations{way}, "
+            f"{streamed} on the host as keys and values, {plan.resident_tokens} on the device; "
         )
+        leaving = plan.flushes - plan.resident_flushes
+        if leaving:
+            held += f"new tokens gather on the device, {plan.tail_tokens} at a time, and go to the host {leaving} times"
+        else:
+            held += "new tokens stay on the device"
+        if plan.waits_s:
+            held += f" (up to {plan.waits_s:.1f} s in all to compile for it)"
     return (
         f"plan: {held}; {plan.engine} engine, {plan.host_bytes_per_step / 1e6:.2f} MB over the link and "
         f"{plan.predicted_step_s * 1e3:.2f} ms predicted for the first step ({plan.reason})"
@@ -128,8 +137,8 @@ def explained(plan: Plan) -> str:
             "dispatch (ms)": milliseconds(each.dispatch_s),
             "first step (ms)": milliseconds(each.step_s),
             "last step (ms)": milliseconds(each.last_step_s),
-            "host (GiB)": f"{each.host_bytes / memory.GIB:.3f}",
-            "device (GiB)": f"{each.device_bytes / memory.GIB:.3f}",
+            "host cache (GiB)": memory.in_gib(each.host_bytes),
+            "device in all (GiB)": memory.in_gib(each.device_bytes),
             "": "<- the plan" if (each.split, each.recompute or plan.recompute) == (plan.split, plan.recompute)
             else "" if each.fits else "does not fit",
         }
@@ -213,7 +222,7 @@ def execute(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(json.dumps(result | {"candidates": [dataclasses.asdict(each) for each in plan.candidates]}))
         else:
-            print("\n\n".join([describe(plan), *([explained(plan)] if plan.candidates else [])]))
+            print(f"{describe(plan)}\n\n{explained(plan)}")
         return 0
     with failing_with(FAILURE), report.bar("Loading the model", in_bytes=True) as progress:
         decoder = Decoder(checkpoint.load_model(directory, dtype.name, progress))
