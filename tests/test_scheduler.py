@@ -187,6 +187,9 @@ def test_the_device_holds_as_many_tokens_as_fit_beside_each_split(batch, prompt,
             math.inf if cap is None else cap * whole
         )
 
+    if not plan.offloaded:
+        assert len(plan.candidates) == 1 and plan.device_bytes <= free
+        return
     for each in plan.candidates:
         kept = each.resident_tokens + (plan.resident_flushes * tail if each.split == plan.split else 0)
         if kept:
