@@ -5,7 +5,7 @@ import statistics
 
 STEPS = 32  # compared together: their lower median passes over a flush, or a moment's work of another process
 SLOW = 1.5  # times the prediction: a miss
-SLOW_S = 2e-3  # and so much longer: less is the host's own, which no plan can change
+SLOW_S = 4e-3  # and so much longer: less is the host's own, which no plan can change
 
 
 class Pace:
